@@ -1,0 +1,108 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"time"
+)
+
+// Proxy configures castellan-proxy: sockets, listeners and limits only. Policy
+// and mesh settings come from the server, through the agent.
+type Proxy struct {
+	Header `json:",inline"`
+
+	// AgentSocket is the agent's socket for this workload.
+	AgentSocket string     `json:"agentSocket"`
+	Inbound     []Inbound  `json:"inbound,omitempty"`
+	Outbound    []Outbound `json:"outbound,omitempty"`
+	// Admin is the host:port of /livez, /readyz and /metrics; default ":15020".
+	Admin string `json:"admin,omitempty"`
+	// AccessLog is "stdout", "off" or a file; default stdout. One JSON object a line.
+	AccessLog string      `json:"accessLog,omitempty"`
+	Limits    ProxyLimits `json:"limits,omitzero"`
+	// DrainTimeout is how long live requests may take after a signal; default 5s.
+	DrainTimeout Duration `json:"drainTimeout,omitempty"`
+	Log          Log      `json:"log,omitzero"`
+}
+
+// Inbound is one listener in front of the application.
+type Inbound struct {
+	Listen string `json:"listen"`
+	// Port is the workload port this listener stands for (policy's ports, PeerAuthentication's portLevelMtls); default the listener's own.
+	Port uint16 `json:"port,omitempty"`
+	// App is the host:port the application listens on.
+	App string `json:"app"`
+}
+
+// Outbound is one plain listener of the application for one destination.
+type Outbound struct {
+	Listen string `json:"listen"`
+	// Service is "<namespace>/<name>".
+	Service string `json:"service"`
+	// Port is the service port; default the service's first.
+	Port uint16 `json:"port,omitempty"`
+}
+
+// ProxyLimits bound what a peer can cost; zero means the default.
+type ProxyLimits struct {
+	MaxHeaderBytes    int      `json:"maxHeaderBytes,omitempty"`    // default 32768
+	MaxConnections    int      `json:"maxConnections,omitempty"`    // default 8000
+	MaxPerSource      int      `json:"maxPerSource,omitempty"`      // per source IP; default 4000
+	MaxHandshakes     int      `json:"maxHandshakes,omitempty"`     // in flight; default 256
+	MaxStreams        int      `json:"maxStreams,omitempty"`        // per HTTP/2 connection; default 100
+	HandshakeTimeout  Duration `json:"handshakeTimeout,omitempty"`  // default 5s
+	HeaderTimeout     Duration `json:"headerTimeout,omitempty"`     // default 10s
+	IdleTimeout       Duration `json:"idleTimeout,omitempty"`       // default 5m
+	ConnectTimeout    Duration `json:"connectTimeout,omitempty"`    // default 5s
+	ResponseTimeout   Duration `json:"responseTimeout,omitempty"`   // to the response's head; default 60s
+	StreamIdleTimeout Duration `json:"streamIdleTimeout,omitempty"` // no byte either way in a body or tunnel; default 5m
+}
+
+// Validate fills defaults and checks what can be checked without opening anything.
+func (p *Proxy) Validate() error {
+	if err := p.check("ProxyConfig"); err != nil {
+		return err
+	}
+	setDefault(&p.Admin, ":15020")
+	setDefault(&p.AccessLog, "stdout")
+	setDefault(&p.DrainTimeout, Duration(5*time.Second))
+	p.Limits.setDefaults()
+	if err := CheckSocketPath(p.AgentSocket); err != nil {
+		return fmt.Errorf("agentSocket: %w", err)
+	}
+	if len(p.Inbound)+len(p.Outbound) == 0 {
+		return errors.New("inbound, outbound: at least one listener is needed")
+	}
+	for i, in := range p.Inbound {
+		if _, _, err := net.SplitHostPort(in.Listen); err != nil {
+			return fmt.Errorf("inbound[%d].listen: %w", i, err)
+		}
+		if _, _, err := net.SplitHostPort(in.App); err != nil {
+			return fmt.Errorf("inbound[%d].app: %w", i, err)
+		}
+	}
+	for i, out := range p.Outbound {
+		if _, _, err := net.SplitHostPort(out.Listen); err != nil {
+			return fmt.Errorf("outbound[%d].listen: %w", i, err)
+		}
+		if out.Service == "" {
+			return fmt.Errorf("outbound[%d].service: required, as NAMESPACE/NAME", i)
+		}
+	}
+	return p.Log.validate()
+}
+
+func (l *ProxyLimits) setDefaults() {
+	setDefault(&l.MaxHeaderBytes, 32<<10)
+	setDefault(&l.MaxConnections, 8000)
+	setDefault(&l.MaxPerSource, 4000)
+	setDefault(&l.MaxHandshakes, 256)
+	setDefault(&l.MaxStreams, 100)
+	setDefault(&l.HandshakeTimeout, Duration(5*time.Second))
+	setDefault(&l.HeaderTimeout, Duration(10*time.Second))
+	setDefault(&l.IdleTimeout, Duration(5*time.Minute))
+	setDefault(&l.ConnectTimeout, Duration(5*time.Second))
+	setDefault(&l.ResponseTimeout, Duration(time.Minute))
+	setDefault(&l.StreamIdleTimeout, Duration(5*time.Minute))
+}

@@ -1,0 +1,35 @@
+//go:build deps
+
+package internal
+
+import (
+	_ "github.com/casbin/casbin/v2"
+	_ "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	_ "github.com/fsnotify/fsnotify"
+	_ "github.com/go-jose/go-jose/v4"
+	_ "github.com/google/go-cmp/cmp"
+	_ "github.com/pressly/goose/v3"
+	_ "github.com/prometheus/client_golang/prometheus"
+	_ "github.com/prometheus/client_golang/prometheus/testutil"
+	_ "github.com/rogpeppe/go-internal/testscript"
+	_ "github.com/spf13/cobra"
+	_ "github.com/spiffe/go-spiffe/v2/workloadapi"
+	_ "github.com/zmap/zlint/v3"
+	_ "go.step.sm/crypto/pemutil"
+	_ "go.step.sm/crypto/keyutil"
+	_ "go.step.sm/crypto/x509util"
+	_ "go.uber.org/goleak"
+	_ "golang.org/x/net/http2"
+	_ "golang.org/x/sys/unix"
+	_ "golang.org/x/sync/singleflight"
+	_ "golang.org/x/time/rate"
+	_ "google.golang.org/grpc"
+	_ "google.golang.org/grpc/health/grpc_health_v1"
+	_ "istio.io/api/security/v1alpha1"
+	_ "modernc.org/sqlite"
+	_ "pgregory.net/rapid"
+	_ "sigs.k8s.io/yaml"
+)
