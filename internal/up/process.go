@@ -1,0 +1,272 @@
+package up
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// process is one supervised child.
+type process struct {
+	name string
+	path string
+	args []string
+	// readyURL answers 200 when the part is ready.
+	readyURL string
+}
+
+const (
+	// A child that lived this long starts over at once; one that dies sooner waits.
+	longLife   = 10 * time.Second
+	minBackoff = 100 * time.Millisecond
+	maxBackoff = 5 * time.Second
+	// stopGrace is what children get between SIGTERM and SIGKILL.
+	stopGrace = 8 * time.Second
+	// maxLog is where a log file is moved aside at the next start.
+	maxLog = 64 << 20
+)
+
+// supervisor starts children, restarts those that die, and ends all with its context.
+type supervisor struct {
+	log       *slog.Logger
+	logDir    string
+	start     chan startRequest
+	restarted chan string
+	client    *http.Client
+
+	mu   sync.Mutex
+	pids map[string]int
+	urls map[string]string
+	last map[string]error
+}
+
+type startRequest struct {
+	process process
+	done    chan error
+}
+
+func newSupervisor(log *slog.Logger, logDir string) *supervisor {
+	return &supervisor{
+		log: log, logDir: logDir,
+		start:     make(chan startRequest),
+		restarted: make(chan string, 64),
+		client:    &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil}},
+		pids:      map[string]int{}, urls: map[string]string{}, last: map[string]error{},
+	}
+}
+
+// Run serves Start until ctx ends, then ends the children in the reverse order of their start.
+func (s *supervisor) Run(ctx context.Context) error {
+	// Children outlive ctx by the time it takes to stop them in order.
+	var children []*child
+	for {
+		select {
+		case req := <-s.start:
+			c := &child{process: req.process, sup: s, stop: make(chan struct{}), done: make(chan struct{}), started: make(chan error, 1)}
+			go c.loop()
+			err := <-c.started
+			if err == nil {
+				children = append(children, c)
+			}
+			req.done <- err
+		case <-ctx.Done():
+			for i := len(children) - 1; i >= 0; i-- {
+				close(children[i].stop)
+				<-children[i].done
+			}
+			return ctx.Err()
+		}
+	}
+}
+
+// Start starts p and returns when its first process runs.
+func (s *supervisor) Start(ctx context.Context, p process) error {
+	req := startRequest{process: p, done: make(chan error, 1)}
+	select {
+	case s.start <- req:
+		return <-req.done
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Restarted tells the names of parts that died and are ready again.
+func (s *supervisor) Restarted() <-chan string { return s.restarted }
+
+// PIDs returns the process ids by part.
+func (s *supervisor) PIDs() map[string]int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make(map[string]int, len(s.pids))
+	for k, v := range s.pids {
+		out[k] = v
+	}
+	return out
+}
+
+// WaitReady polls the part's readiness until it answers 200.
+func (s *supervisor) WaitReady(ctx context.Context, name string) error {
+	s.mu.Lock()
+	url := s.urls[name]
+	s.mu.Unlock()
+	for {
+		if s.probe(ctx, url) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			s.mu.Lock()
+			last := s.last[name]
+			s.mu.Unlock()
+			if last != nil {
+				return fmt.Errorf("up: %s does not stay up (%w); see %s", name, last, s.logFile(name))
+			}
+			return fmt.Errorf("up: %s is not ready; see %s and %s", name, s.logFile(name), url)
+		case <-time.After(25 * time.Millisecond):
+		}
+	}
+}
+
+func (s *supervisor) probe(ctx context.Context, url string) bool {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return false
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return false
+	}
+	defer resp.Body.Close()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 4096))
+	return resp.StatusCode == http.StatusOK
+}
+
+func (s *supervisor) logFile(name string) string {
+	return filepath.Join(s.logDir, strings.ReplaceAll(name, "/", ".")+".log")
+}
+
+// child is one part over its successive processes.
+type child struct {
+	process process
+	sup     *supervisor
+	stop    chan struct{}
+	done    chan struct{}
+	started chan error
+}
+
+// loop keeps to one locked thread: the kernel sends the parent-death signal when
+// the thread that forked ends, and the runtime may end any other.
+func (c *child) loop() {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer close(c.done)
+	backoff := minBackoff
+	for first := true; ; first = false {
+		began := time.Now() //nolint:forbidigo // measures how long a child lived
+		cmd, err := c.spawn()
+		if first {
+			c.started <- err
+			if err != nil {
+				return
+			}
+		}
+		if err == nil {
+			if !first {
+				go c.announce(cmd)
+			}
+			if c.wait(cmd) {
+				return
+			}
+		} else {
+			c.sup.log.Error("part could not be started", "part", c.process.name, "error", err)
+		}
+		if time.Since(began) > longLife { //nolint:forbidigo // as above
+			backoff = minBackoff
+		}
+		select {
+		case <-c.stop:
+			return
+		case <-time.After(backoff):
+		}
+		backoff = min(2*backoff, maxBackoff)
+	}
+}
+
+func (c *child) spawn() (*exec.Cmd, error) {
+	name := c.sup.logFile(c.process.name)
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return nil, fmt.Errorf("up: %w", err)
+	}
+	if st, err := os.Stat(name); err == nil && st.Size() > maxLog {
+		_ = os.Rename(name, name+".old")
+	}
+	out, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("up: %w", err)
+	}
+	defer out.Close()
+	cmd := exec.Command(c.process.path, c.process.args...)
+	cmd.Stdout, cmd.Stderr = out, out
+	// Own group: a terminal's Ctrl-C reaches this process alone, which then stops
+	// the parts in their order. Should it be killed, the kernel ends them.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("up: start %s: %w", c.process.name, err)
+	}
+	c.sup.mu.Lock()
+	c.sup.pids[c.process.name] = cmd.Process.Pid
+	c.sup.urls[c.process.name] = c.process.readyURL
+	c.sup.mu.Unlock()
+	return cmd, nil
+}
+
+// wait returns true when the part was stopped on purpose.
+func (c *child) wait(cmd *exec.Cmd) bool {
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	select {
+	case err := <-exited:
+		if err == nil {
+			err = errors.New("it ended by itself")
+		}
+		c.sup.mu.Lock()
+		c.sup.last[c.process.name] = err
+		c.sup.mu.Unlock()
+		c.sup.log.Warn("part ended", "part", c.process.name, "cause", err)
+		return false
+	case <-c.stop:
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-exited:
+		case <-time.After(stopGrace):
+			_ = cmd.Process.Kill()
+			<-exited
+		}
+		return true
+	}
+}
+
+// announce tells that a restarted part is ready, or still not after a while: its
+// new process id must be known either way.
+func (c *child) announce(cmd *exec.Cmd) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	_ = c.sup.WaitReady(ctx, c.process.name)
+	select {
+	case c.sup.restarted <- c.process.name:
+	case <-c.stop:
+	case <-time.After(time.Second):
+		c.sup.log.Warn("restart not announced", "part", c.process.name, "pid", cmd.Process.Pid)
+	}
+}
