@@ -1,0 +1,259 @@
+// Package attest tells which workload is calling: off Kubernetes by the socket
+// that was connected to, and by the uid that the kernel vouches for.
+//
+// A connection of any other uid is closed before a byte of it is read. It
+// assumes that the node's kernel tells the truth and that a uid on the list is
+// the workload's alone.
+package attest
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"castellan.dev/internal/config"
+)
+
+// defaultConnections bounds a socket's connections: one pod's clients.
+const defaultConnections = 128
+
+// UnixConfig sets up one workload's socket.
+type UnixConfig struct {
+	Path string
+	// UIDs that may connect; an empty list admits nobody.
+	UIDs []uint32
+	// Connections bounds those open at once; 0 means 128.
+	Connections int
+	// Refused is told of each connection that was turned away, and why: "uid",
+	// "limit" or "credentials". It may be nil.
+	Refused func(reason string)
+	Log     *slog.Logger
+}
+
+// Listener accepts the connections of one workload. It is a net.Listener.
+type Listener struct {
+	cfg    UnixConfig
+	inner  *net.UnixListener
+	inode  os.FileInfo
+	slots  chan struct{}
+	closed sync.Once
+}
+
+// Listen opens the socket. A stale one, which no process listens on, is
+// replaced; one that is in use is an error, and so is anything that is no socket.
+func Listen(cfg UnixConfig) (*Listener, error) {
+	if err := config.CheckSocketPath(cfg.Path); err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	if !filepath.IsAbs(cfg.Path) {
+		return nil, fmt.Errorf("socket %q: the path must be absolute", cfg.Path)
+	}
+	if cfg.Connections <= 0 {
+		cfg.Connections = defaultConnections
+	}
+	if cfg.Refused == nil {
+		cfg.Refused = func(string) {}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	dir := filepath.Dir(cfg.Path)
+	if err := makeDir(dir); err != nil {
+		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
+	}
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
+	}
+	defer unlock()
+	if err := clearStale(cfg.Path); err != nil {
+		return nil, err
+	}
+	inner, err := net.ListenUnix("unix", &net.UnixAddr{Name: cfg.Path, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
+	}
+	// Removed by Close, and only if it is still ours.
+	inner.SetUnlinkOnClose(false)
+	l := &Listener{cfg: cfg, inner: inner, slots: make(chan struct{}, cfg.Connections)}
+	// Anyone may connect; who may talk is decided by uid at Accept.
+	if err := os.Chmod(cfg.Path, 0o666); err != nil {
+		inner.Close()
+		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
+	}
+	if l.inode, err = os.Lstat(cfg.Path); err != nil {
+		inner.Close()
+		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
+	}
+	return l, nil
+}
+
+// makeDir makes the directory and its parents, passable for everybody whatever
+// the umask; what exists is left as it is.
+func makeDir(dir string) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	if err := makeDirParent(dir); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return os.Chmod(dir, 0o755)
+}
+
+func makeDirParent(dir string) error {
+	parent := filepath.Dir(dir)
+	if parent == dir {
+		return nil
+	}
+	return makeDir(parent)
+}
+
+// lockDir keeps two processes from judging the same path at once. The lock goes
+// with the descriptor and leaves nothing behind.
+func lockDir(dir string) (unlock func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("locking the directory: %w", err)
+	}
+	return func() { d.Close() }, nil
+}
+
+// clearStale removes a socket nobody listens on.
+func clearStale(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("socket %q: %w", path, err)
+	case info.Mode().Type() != fs.ModeSocket:
+		return fmt.Errorf("socket %q: something else is in its place (%s); move it away or choose another path", path, info.Mode().Type())
+	}
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	switch {
+	case err == nil:
+		conn.Close()
+		return fmt.Errorf("socket %q is in use by a live process; stop it, or choose another path", path)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		if err := os.Remove(path); err != nil {
+			return fmt.Errorf("socket %q: removing the stale one: %w", path, err)
+		}
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	default:
+		// Full backlog or no right to connect: somebody may be there. Ours is
+		// not to take it from them.
+		return fmt.Errorf("socket %q: cannot tell whether it is in use: %w", path, err)
+	}
+}
+
+// Accept returns the next connection of a uid that may connect. Others are
+// closed, and so is what exceeds the limit.
+func (l *Listener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.inner.AcceptUnix()
+		if err != nil {
+			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+				// gRPC backs off on temporary errors and tries again.
+				return nil, temporary{err}
+			}
+			return nil, err
+		}
+		if c := l.admit(conn); c != nil {
+			return c, nil
+		}
+		conn.Close()
+	}
+}
+
+func (l *Listener) admit(conn *net.UnixConn) net.Conn {
+	cred, err := peer(conn)
+	if err != nil {
+		// Not knowing who calls refuses the call.
+		l.refuse("credentials", "error", err)
+		return nil
+	}
+	if !slices.Contains(l.cfg.UIDs, cred.Uid) {
+		l.refuse("uid", "uid", cred.Uid, "pid", cred.Pid)
+		return nil
+	}
+	select {
+	case l.slots <- struct{}{}:
+		return &admitted{UnixConn: conn, release: sync.OnceFunc(func() { <-l.slots })}
+	default:
+		l.refuse("limit", "limit", l.cfg.Connections, "uid", cred.Uid, "pid", cred.Pid)
+		return nil
+	}
+}
+
+func (l *Listener) refuse(reason string, attrs ...any) {
+	l.cfg.Refused(reason)
+	l.cfg.Log.Warn("connection refused", append([]any{"socket", l.cfg.Path, "reason", reason}, attrs...)...)
+}
+
+func peer(conn *net.UnixConn) (*unix.Ucred, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return nil, err
+	}
+	return cred, credErr
+}
+
+// Addr returns the socket's address.
+func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
+
+// Close ends the listener and removes the socket, unless another process has
+// put its own in the place.
+func (l *Listener) Close() error {
+	err := net.ErrClosed
+	l.closed.Do(func() {
+		if info, statErr := os.Lstat(l.cfg.Path); statErr == nil && os.SameFile(info, l.inode) {
+			_ = os.Remove(l.cfg.Path) // a stale socket is replaced at the next start
+		}
+		err = l.inner.Close()
+	})
+	return err
+}
+
+// admitted gives its slot back when closed.
+type admitted struct {
+	*net.UnixConn
+	release func()
+}
+
+func (a *admitted) Close() error {
+	a.release()
+	return a.UnixConn.Close()
+}
+
+type temporary struct{ error }
+
+func (t temporary) Unwrap() error { return t.error }
+
+// Temporary makes the server's accept loop wait and go on.
+func (temporary) Temporary() bool { return true }
