@@ -86,6 +86,10 @@ func (v *Verifier) Peer(cs tls.ConnectionState) (spiffeid.ID, error) {
 // Check judges a chain, leaf first, whose leaf's key the peer has been proved to
 // hold. Live connections are judged again by it when bundle or deny list change.
 func (v *Verifier) Check(chain []*x509.Certificate) (Peer, error) {
+	return v.check(chain, v.now())
+}
+
+func (v *Verifier) check(chain []*x509.Certificate, now time.Time) (Peer, error) {
 	trust := v.trust()
 	// Fails closed: without a bundle nobody is trusted.
 	if trust == nil || trust.TrustDomain.IsZero() {
@@ -98,7 +102,6 @@ func (v *Verifier) Check(chain []*x509.Certificate) (Peer, error) {
 	if err != nil {
 		return Peer{}, err
 	}
-	now := v.now()
 	st := v.current(trust)
 	entry := st.recall(key, now)
 	if entry == nil {
@@ -110,6 +113,23 @@ func (v *Verifier) Check(chain []*x509.Certificate) (Peer, error) {
 		}
 	}
 	return entry.peer, denied(trust, entry)
+}
+
+// Again judges the peer of a live connection after bundle or deny list changed.
+// That its certificate has expired meanwhile is no reason by itself (what then
+// happens is the connection's owner's to say), so the chain is judged as of the
+// last moment it was valid.
+func (v *Verifier) Again(chain []*x509.Certificate, peer Peer) error {
+	now := v.now()
+	if now.After(peer.NotAfter) {
+		now = peer.NotAfter
+	}
+	again, err := v.check(chain, now)
+	if err == nil && again.ID != peer.ID {
+		// The same bytes name the same peer; anything else is not to be trusted.
+		return &UnexpectedPeerError{Got: again.ID, Want: []spiffeid.ID{peer.ID}}
+	}
+	return err
 }
 
 // denied asks the deny list of the Trust at hand, not of the remembered one.

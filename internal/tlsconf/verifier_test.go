@@ -223,9 +223,13 @@ func TestRememberedChain(t *testing.T) {
 	}
 	accept("first")
 	accept("remembered")
+	peer, _ := v.Check(chain)
 
 	now = cert.Leaf.NotAfter.Add(time.Second)
 	refuse("after its time", "expired")
+	if err := v.Again(chain, peer); err != nil {
+		t.Fatalf("live connection after its time: %v", err)
+	}
 	now = cert.Leaf.NotBefore.Add(-time.Second)
 	refuse("clock stepped back", "not yet valid")
 	now = time.Now()
@@ -243,6 +247,9 @@ func TestRememberedChain(t *testing.T) {
 	} {
 		denied = map[string]bool{name: true}
 		refuse("denied "+name, "has been revoked")
+		if err := v.Again(chain, peer); err == nil {
+			t.Fatalf("live connection of denied %s goes on", name)
+		}
 	}
 	denied = nil
 	accept("pardoned")
@@ -251,6 +258,11 @@ func TestRememberedChain(t *testing.T) {
 	other.Version = "2"
 	trust = other
 	refuse("other roots", "unknown authority")
+	now = cert.Leaf.NotAfter.Add(time.Second)
+	if err := v.Again(chain, peer); err == nil || !strings.Contains(err.Error(), "unknown authority") {
+		t.Fatalf("live connection under other roots: err %v", err)
+	}
+	now = time.Now()
 	// The same version with other roots is a mistake of the caller's; it must not admit anyone either.
 	other.Version = "1"
 	refuse("other roots under the same version", "unknown authority")
