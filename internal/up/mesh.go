@@ -298,13 +298,18 @@ func (m *mesh) writeWorkloads() error {
 	if _, err := os.Stat(path); err == nil {
 		return nil
 	}
-	file := workloads.File{APIVersion: config.APIVersion, Kind: workloads.Kind}
+	var file struct {
+		config.Header `json:",inline"`
+		Workloads     []workloads.Workload `json:"workloads"`
+		Services      []workloads.Service  `json:"services"`
+	}
+	file.Header = config.Header{APIVersion: config.APIVersion, Kind: "Workloads"}
 	for _, w := range sampleWorkloads {
 		file.Workloads = append(file.Workloads, workloads.Workload{
 			Namespace: w.namespace, ServiceAccount: w.account,
 			PodUID: m.state.UIDs["pod/"+w.key()], PodName: w.account, ServiceAccountUID: m.state.UIDs["account/"+w.key()],
 			Node: nodeName, Labels: map[string]string{"app": w.account}, Address: "127.0.0.1",
-			Ports: []workloads.Port{{Number: appPort, Name: "http", Protocol: "http"}},
+			Ports: []workloads.Port{{Number: appPort, Protocol: "http"}},
 		})
 		if !w.service {
 			continue
@@ -312,7 +317,7 @@ func (m *mesh) writeWorkloads() error {
 		file.Services = append(file.Services, workloads.Service{
 			Namespace: w.namespace, Name: w.account,
 			Hosts: []string{w.account, w.account + "." + w.namespace, w.account + "." + w.namespace + ".svc", w.account + "." + w.namespace + ".svc.cluster.local"},
-			Ports: []workloads.Port{{Name: "http", Number: servicePort, Protocol: "http"}},
+			Ports: []workloads.ServicePort{{Name: "http", Number: servicePort, Protocol: "http"}},
 			Endpoints: []workloads.Endpoint{{
 				Workload: m.state.UIDs["pod/"+w.key()],
 				Ports:    map[uint16]uint16{servicePort: uint16(m.state.Ports[w.key()+"/inbound"])},

@@ -1,0 +1,162 @@
+package cli
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+// fetcher prints, or writes to a directory, what a Workload API gives.
+type fetcher struct {
+	env    *env
+	dir    string
+	format string
+}
+
+func (e *env) certFetchCommand() *cobra.Command {
+	var socket string
+	var watch bool
+	f := fetcher{env: e}
+	cmd := &cobra.Command{
+		Use:   "fetch [--socket SOCKET] [--watch] [--write DIR]",
+		Short: "Fetch this workload's SVID from its socket",
+		Long: `Fetch the X.509-SVID and bundle from a SPIFFE Workload API. With --write they go to
+svid.pem, svid_key.pem (mode 0600) and bundle.pem, each replaced in one step; with
+--watch they are fetched again at every change until Ctrl-C.`,
+		Args: cobra.NoArgs,
+	}
+	cmd.Flags().StringVar(&socket, "socket", os.Getenv(workloadapi.SocketEnv), "socket (default $"+workloadapi.SocketEnv+")")
+	cmd.Flags().BoolVar(&watch, "watch", false, "go on, at every change")
+	cmd.Flags().StringVar(&f.dir, "write", "", "directory to write to")
+	formats := []string{"table", "json", "yaml", "pem"}
+	format := outputFlag(cmd, formats...)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkOutput(*format, formats...); err != nil {
+			return err
+		}
+		f.format = *format
+		if !watch {
+			defer e.progress("waiting for an SVID")()
+			got, err := fetchSVIDs(cmd.Context(), socket)
+			if err != nil {
+				return err
+			}
+			return f.deliver(got)
+		}
+		addr, err := socketAddress(socket)
+		if err != nil {
+			return err
+		}
+		// A watch that cannot even begin is an error; one that loses its agent waits for it.
+		if _, err := fetchSVIDs(cmd.Context(), socket); err != nil {
+			return err
+		}
+		w := &watcher{fetcher: f}
+		err = workloadapi.WatchX509Context(cmd.Context(), w, workloadapi.WithAddr(addr))
+		if errors.Is(err, context.Canceled) || cmd.Context().Err() != nil {
+			err = nil
+		}
+		return errors.Join(w.failed, err)
+	}
+	return cmd
+}
+
+type watcher struct {
+	fetcher fetcher
+	failed  error
+}
+
+func (w *watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	if err := w.fetcher.deliver(c); err != nil {
+		w.failed = err
+		fmt.Fprintf(w.fetcher.env.err, "castellan: %v\n", err)
+		return
+	}
+	w.failed = nil
+}
+
+func (w *watcher) OnX509ContextWatchError(err error) {
+	fmt.Fprintf(w.fetcher.env.err, "castellan: the socket does not answer, trying again: %v\n", err)
+}
+
+func (f fetcher) deliver(c *workloadapi.X509Context) error {
+	svid := c.DefaultSVID()
+	if f.dir == "" {
+		return f.print(svid.Certificates)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(svid.PrivateKey)
+	if err != nil {
+		return fmt.Errorf("encode the key: %w", err)
+	}
+	var roots []*x509.Certificate
+	bundle, err := c.Bundles.GetX509BundleForTrustDomain(svid.ID.TrustDomain())
+	if err != nil {
+		return err
+	}
+	roots = bundle.X509Authorities()
+	if err := os.MkdirAll(f.dir, 0o755); err != nil {
+		return err
+	}
+	// The key first: whoever sees a new certificate finds its key.
+	for _, file := range []struct {
+		name string
+		data []byte
+		mode os.FileMode
+	}{
+		{"svid_key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600},
+		{"svid.pem", encodePEM(svid.Certificates), 0o644},
+		{"bundle.pem", encodePEM(roots), 0o644},
+	} {
+		if err := replaceFile(filepath.Join(f.dir, file.name), file.data, file.mode); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(f.env.err, "%s: svid.pem, svid_key.pem, bundle.pem for %s, valid until %s\n", f.dir, svid.ID, svid.Certificates[0].NotAfter.UTC().Format(time.RFC3339))
+	return nil
+}
+
+func (f fetcher) print(certs []*x509.Certificate) error {
+	views := describeChain(certs, time.Now()) //nolint:forbidigo // a command line reads the real clock
+	switch f.format {
+	case "pem":
+		return writePEM(f.env.out, certs)
+	case "table":
+		return printChain(f.env.out, views, color(f.env.out))
+	default:
+		return writeData(f.env.out, f.format, views)
+	}
+}
+
+func encodePEM(certs []*x509.Certificate) []byte {
+	var out []byte
+	for _, c := range certs {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
+	}
+	return out
+}
+
+// replaceFile replaces path in one step. The mode is set before anything is written.
+func replaceFile(path string, data []byte, mode os.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	if err := f.Chmod(mode); err != nil {
+		f.Close()
+		return err
+	}
+	_, werr := f.Write(data)
+	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return os.Rename(f.Name(), path)
+}
