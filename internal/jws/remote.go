@@ -3,8 +3,18 @@ package jws
 import (
 	"context"
 	"crypto/x509"
+	"fmt"
 	"log/slog"
+	"strings"
 	"time"
+)
+
+// How often a source is fetched (rules/authz.md 28).
+const (
+	refreshEvery  = 20 * time.Minute
+	firstBackoff  = time.Minute
+	longestWait   = time.Hour
+	fetchDeadline = 5 * time.Second
 )
 
 // RemoteConfig says where a key set is fetched from, and how carefully.
@@ -24,23 +34,65 @@ type RemoteConfig struct {
 
 // Remote keeps the key set of one source fresh. The last good set is kept while
 // the source fails.
-type Remote struct{}
+type Remote struct {
+	*source
+	log *slog.Logger
+}
 
 // NewRemote checks cfg; nothing is fetched before Run or Refetch.
-func NewRemote(cfg RemoteConfig) (*Remote, error) { return &Remote{}, nil }
+func NewRemote(cfg RemoteConfig) (*Remote, error) {
+	g, err := newGuard(cfg.Allow)
+	if err != nil {
+		return nil, err
+	}
+	_, url, ok := strings.Cut(cfg.Source, ":")
+	if !ok || !strings.HasPrefix(cfg.Source, "jwks:") && !strings.HasPrefix(cfg.Source, "oidc:") {
+		return nil, fmt.Errorf("jws: %q is no source of keys; jwks:URL or oidc:ISSUER is wanted", clip(cfg.Source))
+	}
+	if err := g.checkURL(url); err != nil {
+		return nil, fmt.Errorf("jws: %w", err)
+	}
+	if cfg.Timeout <= 0 {
+		cfg.Timeout = fetchDeadline
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	f := newFetcher(g, cfg.RootCAs, cfg.Timeout)
+	r := &Remote{log: cfg.Log}
+	r.source = newSource(cfg.Source, cfg.Now, func(ctx context.Context) (*KeySet, error) {
+		keys, err := f.keySet(ctx, cfg.Source)
+		if err != nil {
+			return nil, fmt.Errorf("jws: fetch %s: %w", cfg.Source, err)
+		}
+		return keys, nil
+	})
+	return r, nil
+}
 
-// Run fetches now, every 20 minutes, and after a failure in 1 minute, doubling to 60, until ctx ends.
-func (r *Remote) Run(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
-
-// Keys returns the last good set, or why there is none.
-func (r *Remote) Keys() (*KeySet, error) { return nil, nil }
-
-// Err returns why the last fetch failed, nil after a good one.
-func (r *Remote) Err() error { return nil }
-
-// Changed returns a channel that is closed at the next change of Keys or Err.
-func (r *Remote) Changed() <-chan struct{} { return nil }
-
-// Refetch fetches now, for a token of an unknown key. Callers at the same time
-// share one fetch, and one that comes too soon after the last returns at once.
-func (r *Remote) Refetch(ctx context.Context) error { return nil }
+// Run fetches now, every 20 minutes, and after a failure in 1 minute, doubling
+// to 60, until ctx ends.
+func (r *Remote) Run(ctx context.Context) error {
+	backoff := firstBackoff
+	for {
+		wait := refreshEvery
+		err := r.refresh(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			wait, backoff = backoff, min(2*backoff, longestWait)
+			keys, _ := r.Keys()
+			r.log.Warn("token keys could not be fetched", "source", r.name, "error", err, "retryIn", wait.String(), "lastGood", keys.Version())
+		default:
+			backoff = firstBackoff
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-timer.C:
+		}
+	}
+}
