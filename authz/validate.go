@@ -1,7 +1,12 @@
 package authz
 
 import (
+	"fmt"
+	"slices"
+	"strings"
+
 	"castellan.dev/api/policy"
+	"castellan.dev/identity"
 )
 
 // Severities of a Finding.
@@ -10,20 +15,218 @@ const (
 	SeverityWarning = "warning"
 )
 
+// annotationDryRun makes a policy a shadow, whose decision is only reported (rule 23).
+const annotationDryRun = "istio.io/dry-run"
+
+// defaultRootNamespace stands where the mesh settings name none.
+const defaultRootNamespace = "castellan-system"
+
+// Limits of the documents (rules 2, 13, 35 and the schemas that users' tools know).
+const (
+	maxRules           = 512
+	maxTargetRefs      = 16
+	maxServiceAccounts = 16
+	maxAccountLength   = 320
+	maxJWTRules        = 4096
+	maxSpaceDelimited  = 64
+	maxJwksURI         = 2048
+	maxJwks            = 64 << 10
+	maxLabelValue      = 63
+)
+
 // Finding is one thing to say about a document: an error, for which it is not
 // admitted, or a warning about what is legal but risky.
 type Finding struct {
 	Severity string `json:"severity"`
-	Field    string `json:"field"`
-	Value    string `json:"value,omitempty"`
-	Reason   string `json:"reason"`
+	// Field is a path as in "spec.rules[0].from[1].source.principals[0]".
+	Field string `json:"field"`
+	// Value is what was refused, shortened; empty where the field as a whole is meant.
+	Value string `json:"value,omitempty"`
+	// Reason says what is wrong, what it would do, and what is allowed instead.
+	Reason string `json:"reason"`
 }
 
-// Validate says what is wrong with a document under the given mesh settings.
+// String returns one line.
+func (f Finding) String() string {
+	if f.Value == "" {
+		return fmt.Sprintf("%s: %s: %s", f.Severity, f.Field, f.Reason)
+	}
+	return fmt.Sprintf("%s: %s: %q: %s", f.Severity, f.Field, f.Value, f.Reason)
+}
+
+// Validate says what is wrong with a document under the given mesh settings, in
+// the order of its fields. A document with an error is not admitted: that is
+// everything the engine could not represent, and everything that rules/authz.md
+// calls invalid. What nobody declared is not assumed: without the ports of a
+// workload it warns of every rule that a TCP port would read otherwise than an
+// HTTP port does.
 func Validate(doc policy.Document, mesh policy.Mesh) []Finding { return ValidateFor(doc, mesh, nil) }
 
-// ValidateFor is Validate for a workload whose ports are declared: it warns too
-// about HTTP fields on ports known to be TCP.
+// ValidateFor is Validate for a workload whose ports declare their protocols, by
+// workload port: it warns of HTTP fields only where such a port is known to be TCP.
 func ValidateFor(doc policy.Document, mesh policy.Mesh, ports map[uint16]string) []Finding {
-	return nil
+	v := &validation{mesh: mesh, namespace: doc.Metadata.Namespace, ports: ports}
+	v.metadata(doc)
+	switch {
+	case doc.Kind == policy.KindAuthorization && doc.Authorization != nil:
+		v.authorization(doc.Authorization)
+	case doc.Kind == policy.KindRequestAuthentication && doc.RequestAuthentication != nil:
+		v.requestAuthentication(doc.RequestAuthentication)
+	case doc.Kind == policy.KindPeerAuthentication && doc.PeerAuthentication != nil:
+		v.peerAuthentication(doc.PeerAuthentication)
+	default:
+		v.refuse("kind", doc.Kind, "no spec of this kind; allowed: %s, %s, %s",
+			policy.KindAuthorization, policy.KindRequestAuthentication, policy.KindPeerAuthentication)
+	}
+	return v.findings
+}
+
+// validation collects findings about one document.
+type validation struct {
+	mesh      policy.Mesh
+	namespace string
+	ports     map[uint16]string
+	findings  []Finding
+}
+
+func (v *validation) refuse(field, value, format string, args ...any) {
+	v.add(SeverityError, field, value, fmt.Sprintf(format, args...))
+}
+
+func (v *validation) warn(field, value, format string, args ...any) {
+	v.add(SeverityWarning, field, value, fmt.Sprintf(format, args...))
+}
+
+func (v *validation) add(severity, field, value, reason string) {
+	v.findings = append(v.findings, Finding{Severity: severity, Field: field, Value: shorten(value), Reason: reason})
+}
+
+func (v *validation) rootNamespace() string {
+	if v.mesh.RootNamespace == "" {
+		return defaultRootNamespace
+	}
+	return v.mesh.RootNamespace
+}
+
+// knownDomains lists the mesh's trust domain and its aliases.
+func (v *validation) knownDomains() []string {
+	return append([]string{v.mesh.TrustDomain}, v.mesh.TrustDomainAliases...)
+}
+
+func (v *validation) metadata(doc policy.Document) {
+	meta := doc.Metadata
+	if !validSubdomain(meta.Name) {
+		v.refuse("metadata.name", meta.Name, "an RFC 1123 subdomain is wanted")
+	}
+	if meta.Namespace == "" {
+		v.refuse("metadata.namespace", "", "required: a policy without a namespace would select nobody knows what")
+	} else if !validLabelName(meta.Namespace) {
+		v.refuse("metadata.namespace", meta.Namespace, "an RFC 1123 label is wanted")
+	}
+	v.dryRun(doc)
+}
+
+// dryRun is rule 23.
+func (v *validation) dryRun(doc policy.Document) {
+	value, given := doc.Metadata.Annotations[annotationDryRun]
+	if !given {
+		return
+	}
+	field := childPath("metadata.annotations", annotationDryRun)
+	switch {
+	case doc.Authorization == nil:
+		v.refuse(field, value, "only an AuthorizationPolicy can be tried out; a %s would be enforced all the same", doc.Kind)
+	case value != "true":
+		v.refuse(field, value, `allowed: "true"; remove the annotation to enforce the policy`)
+	case doc.Authorization.Action == policy.ActionCustom || doc.Authorization.Action == policy.ActionAudit:
+		v.refuse(field, value, "not with action %s; allowed with: ALLOW, DENY", doc.Authorization.Action)
+	}
+}
+
+// selection checks what picks the workloads (rule 2).
+func (v *validation) selection(selector *policy.Selector, ref *policy.TargetRef, refs []policy.TargetRef) {
+	given := 0
+	for _, is := range []bool{selector != nil, ref != nil, len(refs) > 0} {
+		if is {
+			given++
+		}
+	}
+	if given > 1 {
+		v.refuse("spec", "", "only one of selector, targetRef and targetRefs may be given")
+	}
+	v.selector(selector)
+	if ref != nil {
+		v.targetRef("spec.targetRef", *ref)
+	}
+	if len(refs) > maxTargetRefs {
+		v.refuse("spec.targetRefs", "", "%d references, at most %d are allowed", len(refs), maxTargetRefs)
+	}
+	for i, r := range refs {
+		v.targetRef(itemPath("spec.targetRefs", i), r)
+	}
+	if ref != nil || len(refs) > 0 {
+		v.warn("spec", "", "sidecars ignore a policy with a target reference: no castellan-proxy enforces this one")
+	}
+}
+
+func (v *validation) selector(s *policy.Selector) {
+	if s == nil {
+		return
+	}
+	if len(s.MatchLabels) == 0 {
+		v.warn("spec.selector", "", "an empty selector selects every workload of its scope; leave selector out if that is meant")
+	}
+	for _, key := range sortedKeys(s.MatchLabels) {
+		value := s.MatchLabels[key]
+		field := childPath("spec.selector.matchLabels", key)
+		switch {
+		case key == "":
+			v.refuse("spec.selector.matchLabels", "", "a label key must not be empty")
+		case strings.Contains(key, "*"):
+			v.refuse(field, key, "no wildcard is allowed in a label key")
+		case strings.Contains(value, "*"):
+			v.refuse(field, value, "no wildcard is allowed in a label value")
+		case len(value) > maxLabelValue:
+			v.refuse(field, value, "%d bytes long, a label value has at most %d", len(value), maxLabelValue)
+		}
+	}
+}
+
+// targetKinds are the kinds a policy may point at, by API group.
+var targetKinds = [...][2]string{
+	{"gateway.networking.k8s.io", "Gateway"},
+	{"gateway.networking.k8s.io", "GatewayClass"},
+	{"", "Service"},
+	{"networking.istio.io", "ServiceEntry"},
+}
+
+func (v *validation) targetRef(field string, ref policy.TargetRef) {
+	group := ref.Group
+	if group == "core" {
+		group = ""
+	}
+	switch {
+	case !slices.Contains(targetKinds[:], [2]string{group, ref.Kind}):
+		v.refuse(field, ref.Group+"/"+ref.Kind, "allowed: gateway.networking.k8s.io/Gateway, gateway.networking.k8s.io/GatewayClass, core/Service, networking.istio.io/ServiceEntry")
+	case ref.Kind == "GatewayClass" && v.namespace != v.rootNamespace():
+		v.refuse(field, ref.Kind, "a GatewayClass may be targeted from the root namespace %q only", v.rootNamespace())
+	}
+	if ref.Name == "" {
+		v.refuse(field+".name", "", "required")
+	}
+	if ref.Namespace != "" && ref.Namespace != v.namespace {
+		v.refuse(field+".namespace", ref.Namespace, "a reference across namespaces is not allowed; leave it out or give %q", v.namespace)
+	}
+}
+
+// validSubdomain and validLabelName borrow identity's grammar, which is
+// Kubernetes' for names.
+func validSubdomain(name string) bool {
+	_, err := identity.NewAccount("n", name)
+	return err == nil
+}
+
+func validLabelName(name string) bool {
+	_, err := identity.NewAccount(name, "n")
+	return err == nil
 }
