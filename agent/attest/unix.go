@@ -121,18 +121,28 @@ func makeDirParent(dir string) error {
 	return makeDir(parent)
 }
 
-// lockDir keeps two processes from judging the same path at once. The lock goes
-// with the descriptor and leaves nothing behind.
+// lockWait bounds the wait for another agent that is opening a socket here.
+const lockWait = time.Second
+
+// lockDir keeps two agents from judging the same path at once. The lock goes
+// with the descriptor and leaves nothing behind. Whoever can read the directory
+// can hold it: so it is waited for only so long, and then done without, which
+// opens no more than the race it is there for.
 func lockDir(dir string) (unlock func(), err error) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
-		d.Close()
-		return nil, fmt.Errorf("locking the directory: %w", err)
+	for deadline := time.Now().Add(lockWait); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || time.Now().After(deadline) {
+			return func() { d.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			d.Close()
+			return nil, fmt.Errorf("locking the directory: %w", err)
+		}
 	}
-	return func() { d.Close() }, nil
 }
 
 // clearStale removes a socket nobody listens on.

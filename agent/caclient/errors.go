@@ -24,6 +24,8 @@ const (
 	Unauthenticated
 	// BadAnswer: the server answered what was not asked for. It is not used.
 	BadAnswer
+	// Invalid: the server calls the request itself wrong.
+	Invalid
 	// BadCredential: a token could not be read, or is not this workload's.
 	BadCredential
 )
@@ -37,6 +39,8 @@ func (k Kind) String() string {
 		return "unauthenticated"
 	case BadAnswer:
 		return "bad_answer"
+	case Invalid:
+		return "invalid"
 	case BadCredential:
 		return "bad_credential"
 	default:
@@ -91,8 +95,10 @@ func fromStatus(method string, err error) *Error {
 	}
 	s := status.Convert(err)
 	switch s.Code() {
-	case codes.PermissionDenied, codes.InvalidArgument, codes.FailedPrecondition, codes.NotFound, codes.Unimplemented, codes.OutOfRange:
+	case codes.PermissionDenied, codes.FailedPrecondition, codes.NotFound, codes.Unimplemented:
 		e.Kind = Refused
+	case codes.InvalidArgument, codes.OutOfRange:
+		e.Kind = Invalid
 	case codes.Unauthenticated:
 		e.Kind = Unauthenticated
 	}

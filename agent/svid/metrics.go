@@ -19,7 +19,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m := &Metrics{
 		rotations: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "castellan_agent_rotations_total",
-			Help: "Attempts to have a certificate signed, by result: issued, unreachable, refused, unauthenticated, bad_answer, bad_credential.",
+			Help: "Attempts to have a certificate signed, by result: issued, unreachable, refused, unauthenticated, invalid, bad_answer, bad_credential.",
 		}, []string{"result"}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "castellan_agent_issue_seconds",
@@ -27,7 +27,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
 		}),
 	}
-	for _, k := range []caclient.Kind{caclient.Unreachable, caclient.Refused, caclient.Unauthenticated, caclient.BadAnswer, caclient.BadCredential} {
+	for _, k := range []caclient.Kind{caclient.Unreachable, caclient.Refused, caclient.Unauthenticated, caclient.Invalid, caclient.BadAnswer, caclient.BadCredential} {
 		m.rotations.WithLabelValues(k.String())
 	}
 	m.rotations.WithLabelValues("issued")

@@ -56,7 +56,7 @@ func retryWait(err error, failures int, lifetime time.Duration, random float64) 
 		longest = startingWait
 	}
 	switch caclient.KindOf(err) {
-	case caclient.Refused, caclient.BadAnswer:
+	case caclient.Refused, caclient.Invalid, caclient.BadAnswer:
 		first, longest = firstSlowWait, longestSlow
 		if lifetime > 0 {
 			longest = min(max(lifetime/10, firstSlowWait), longest)

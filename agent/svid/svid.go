@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"castellan.dev/agent/caclient"
@@ -49,8 +50,11 @@ func (s *SVID) lifetime() time.Duration {
 type Bundle struct {
 	// X509 is root certificates, DER.
 	X509 [][]byte
-	// JWT is a JWKS; empty while unknown.
-	JWT         []byte
+	// JWT is a JWKS of nothing but keys for JWT-SVIDs (use "jwt-svid", with a
+	// kid); empty while unknown.
+	JWT []byte
+	// JWTKeys is JWT parsed, by kid.
+	JWTKeys     map[string]jose.JSONWebKey
 	Sequence    uint64
 	RefreshHint time.Duration
 }

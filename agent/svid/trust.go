@@ -3,18 +3,24 @@ package svid
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"castellan.dev/agent/caclient"
 )
 
-// maxRoots bounds a bundle, as clients do.
-const maxRoots = 64
+// Bounds of a bundle, below those of clients.
+const (
+	maxRoots = 64
+	maxJWKS  = 1 << 20
+)
 
 // trustState is where roots come from. The Bundle resource, which travels on a
 // stream where both sides have proved themselves, wins over the roots that came
@@ -66,24 +72,15 @@ func (r *Rotator) trustAnswer(a *caclient.Answer) {
 	r.retrust()
 }
 
-// SetBundle takes the Bundle resource of a trust domain. One without usable
-// roots is refused and changes nothing.
-func (r *Rotator) SetBundle(td spiffeid.TrustDomain, b Bundle) error {
-	if len(b.X509) == 0 || len(b.X509) > maxRoots {
-		return fmt.Errorf("bundle of %q has %d roots, want 1 to %d", td, len(b.X509), maxRoots)
+// SetBundle takes the Bundle resource of a trust domain: roots as DER, and a
+// JWKS. One without usable roots, or with a JWKS that is none, is refused and
+// changes nothing.
+func (r *Rotator) SetBundle(td spiffeid.TrustDomain, roots [][]byte, jwks []byte, sequence uint64, refreshHint time.Duration) error {
+	b, err := newBundle(td, roots, jwks)
+	if err != nil {
+		return err
 	}
-	for i, der := range b.X509 {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			return fmt.Errorf("bundle of %q: root %d: %w", td, i, err)
-		}
-		if !cert.IsCA {
-			return fmt.Errorf("bundle of %q: root %d is no CA", td, i)
-		}
-	}
-	if td.IsZero() {
-		return errors.New("bundle without a trust domain")
-	}
+	b.Sequence, b.RefreshHint = sequence, refreshHint
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if td == r.trust.domain {
@@ -98,6 +95,67 @@ func (r *Rotator) SetBundle(td spiffeid.TrustDomain, b Bundle) error {
 	}
 	r.retrust()
 	return nil
+}
+
+func newBundle(td spiffeid.TrustDomain, roots [][]byte, jwks []byte) (Bundle, error) {
+	if td.IsZero() {
+		return Bundle{}, errors.New("bundle without a trust domain")
+	}
+	if len(roots) == 0 || len(roots) > maxRoots {
+		return Bundle{}, fmt.Errorf("bundle of %q has %d roots, want 1 to %d", td.Name(), len(roots), maxRoots)
+	}
+	for i, der := range roots {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return Bundle{}, fmt.Errorf("bundle of %q: root %d: %w", td.Name(), i, err)
+		}
+		if !cert.IsCA {
+			return Bundle{}, fmt.Errorf("bundle of %q: root %d is no CA", td.Name(), i)
+		}
+	}
+	keys, err := jwtKeys(jwks)
+	if err != nil {
+		return Bundle{}, fmt.Errorf("bundle of %q: %w", td.Name(), err)
+	}
+	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
+	for _, kid := range slices.Sorted(maps.Keys(keys)) {
+		set.Keys = append(set.Keys, keys[kid])
+	}
+	encoded, err := json.Marshal(set)
+	if err != nil {
+		return Bundle{}, fmt.Errorf("bundle of %q: %w", td.Name(), err)
+	}
+	return Bundle{X509: roots, JWT: encoded, JWTKeys: keys}, nil
+}
+
+// jwtKeys reads the keys of a JWKS that JWT-SVIDs may be signed with. Others in
+// it, unknown or for another use, are passed over (bundle format 4). No JWKS at
+// all means no such keys.
+func jwtKeys(jwks []byte) (map[string]jose.JSONWebKey, error) {
+	keys := map[string]jose.JSONWebKey{}
+	if len(jwks) == 0 {
+		return keys, nil
+	}
+	if len(jwks) > maxJWKS {
+		return nil, fmt.Errorf("JWKS has more than %d bytes", maxJWKS)
+	}
+	var set struct {
+		Keys *[]json.RawMessage `json:"keys"`
+	}
+	if err := json.Unmarshal(jwks, &set); err != nil {
+		return nil, fmt.Errorf("JWKS: %w", err)
+	}
+	if set.Keys == nil {
+		return nil, errors.New("JWKS without keys")
+	}
+	for _, raw := range *set.Keys {
+		var k jose.JSONWebKey
+		if k.UnmarshalJSON(raw) != nil || k.Use != "jwt-svid" || k.KeyID == "" || !k.Valid() || !k.IsPublic() {
+			continue
+		}
+		keys[k.KeyID] = k
+	}
+	return keys, nil
 }
 
 // RemoveBundle ends the trust in a foreign trust domain. Our own stays: without
