@@ -248,7 +248,7 @@ func (e *examination) token(rules []int, token string) (*Verified, bool) {
 // by the token's bytes and the key set's identity; times are checked every time.
 func (a *Authenticator) verify(rules []int, token string) (*Verified, error) {
 	now := a.now()
-	if v := a.cache.get(token); v != nil && slices.Contains(rules, v.rule) && v.keys == a.keySet(v.rule) {
+	if v := a.cache.get(token); v != nil && slices.Contains(rules, v.rule) && sameKeys(v.keys, a.keySet(v.rule)) {
 		if err := v.Token.CheckTimes(now); err != nil {
 			return nil, err
 		}
@@ -265,6 +265,11 @@ func (a *Authenticator) verify(rules []int, token string) (*Verified, error) {
 	}
 	a.cache.put(token, v)
 	return v, nil
+}
+
+// sameKeys holds while the set a token was verified with is the one in force.
+func sameKeys(then, current *KeySet) bool {
+	return then == current || current != nil && then.Version() == current.Version()
 }
 
 // verifyNew tries every rule of the token's issuer. An error of audience is

@@ -57,7 +57,7 @@ func ParseJWKS(data []byte) (*KeySet, error) {
 	}
 	sum := sha256.Sum256(data)
 	s := &KeySet{
-		version: hex.EncodeToString(sum[:8]),
+		version: hex.EncodeToString(sum[:16]),
 		byID:    map[string][]verificationKey{},
 		jwks:    append([]byte(nil), data...),
 	}

@@ -7,10 +7,7 @@
 // decide who exists.
 package workloads
 
-import (
-	"context"
-	"log/slog"
-)
+import "castellan.dev/identity"
 
 // File is one reading of the file. It is immutable.
 type File struct {
@@ -30,6 +27,13 @@ type Workload struct {
 	// Address is the IP address or name others reach it at.
 	Address string `json:"address,omitempty"`
 	Ports   []Port `json:"ports,omitempty"`
+}
+
+// Account returns the workload's namespace and service account.
+func (w *Workload) Account() identity.Account {
+	// Parse has checked both.
+	a, _ := identity.NewAccount(w.Namespace, w.ServiceAccount)
+	return a
 }
 
 // Port is a port the workload listens on.
@@ -64,24 +68,3 @@ type Endpoint struct {
 	// Ports maps a service port to the port on the workload's address.
 	Ports map[uint16]uint16 `json:"ports,omitempty"`
 }
-
-// Parse reads and checks a file; errors name the field.
-func Parse(data []byte) (*File, error) { return &File{}, nil }
-
-// Watcher keeps the last good reading of a file.
-type Watcher struct{}
-
-// NewWatcher reads the file once; what is wrong with it is an error.
-func NewWatcher(path string, log *slog.Logger) (*Watcher, error) { return &Watcher{}, nil }
-
-// Current returns the last good reading, never nil.
-func (w *Watcher) Current() *File { return nil }
-
-// Changed returns a channel that is closed at the next change of Current.
-func (w *Watcher) Changed() <-chan struct{} { return nil }
-
-// Err returns why the file as it is now was refused, nil if it is in force.
-func (w *Watcher) Err() error { return nil }
-
-// Run follows the file until ctx ends.
-func (w *Watcher) Run(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
