@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"castellan.dev/internal/config"
 )
@@ -47,6 +48,8 @@ type Listener struct {
 	inode  os.FileInfo
 	slots  chan struct{}
 	closed sync.Once
+	// A uid that keeps knocking must not fill the log; the metric counts it all.
+	logging rate.Sometimes
 }
 
 // Listen opens the socket. A stale one, which no process listens on, is
@@ -85,7 +88,7 @@ func Listen(cfg UnixConfig) (*Listener, error) {
 	}
 	// Removed by Close, and only if it is still ours.
 	inner.SetUnlinkOnClose(false)
-	l := &Listener{cfg: cfg, inner: inner, slots: make(chan struct{}, cfg.Connections)}
+	l := &Listener{cfg: cfg, inner: inner, slots: make(chan struct{}, cfg.Connections), logging: rate.Sometimes{First: 3, Interval: time.Second}}
 	// Anyone may connect; who may talk is decided by uid at Accept.
 	if err := os.Chmod(cfg.Path, 0o666); err != nil {
 		inner.Close()
@@ -216,7 +219,9 @@ func (l *Listener) admit(conn *net.UnixConn) net.Conn {
 
 func (l *Listener) refuse(reason string, attrs ...any) {
 	l.cfg.Refused(reason)
-	l.cfg.Log.Warn("connection refused", append([]any{"socket", l.cfg.Path, "reason", reason}, attrs...)...)
+	l.logging.Do(func() {
+		l.cfg.Log.Warn("connection refused", append([]any{"socket", l.cfg.Path, "reason", reason}, attrs...)...)
+	})
 }
 
 func peer(conn *net.UnixConn) (*unix.Ucred, error) {

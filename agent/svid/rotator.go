@@ -133,6 +133,22 @@ func (r *Rotator) Retry() {
 	r.nudge()
 }
 
+// renewAgain keeps a server that refuses a fresh certificate from making a loop.
+const renewAgain = 10 * time.Second
+
+// Renew brings on the renewal of one identity, whose certificate the server no
+// longer takes. One that has just been issued is left alone.
+func (r *Rotator) Renew(s *Source) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, ok := r.entries[s]
+	if !ok || (e.svid != nil && r.cfg.Now().Sub(e.svid.Received).Abs() < renewAgain) {
+		return
+	}
+	e.due = r.moment()
+	r.nudge()
+}
+
 // Run renews until ctx ends, and waits for what is in flight.
 func (r *Rotator) Run(ctx context.Context) error {
 	var calls sync.WaitGroup

@@ -77,8 +77,6 @@ func (s *Server) started(ctx context.Context) (*svid.Snapshot, error) {
 		}
 		select {
 		case <-changed:
-		case <-s.cfg.Stop:
-			return nil, status.Error(codes.Unavailable, textStopping)
 		case <-ctx.Done():
 			return nil, status.Error(codes.Unavailable, textStarting)
 		}

@@ -42,8 +42,6 @@ type JWTs interface {
 type Config struct {
 	Source Source
 	JWTs   JWTs
-	// Stop ends every stream with Unavailable when it is closed; it may be nil.
-	Stop <-chan struct{}
 	// Pushed is told how long a change took to be sent; it may be nil.
 	Pushed func(time.Duration)
 	// Hold is how long a stream waits for the first certificate; 0 means a second.
@@ -85,7 +83,6 @@ const (
 	textNoIdentity = "no identity issued"
 	textStarting   = "identity not issued yet, try again"
 	textNoBundle   = "trust bundle not known yet, try again"
-	textStopping   = "agent is stopping, try again"
 	textHeader     = "security header missing: workload.spiffe.io must be \"true\""
 )
 
@@ -129,8 +126,6 @@ func watch[M proto.Message](ctx context.Context, s *Server, build func(*svid.Sna
 		case <-changed:
 		case <-hold.C:
 			return err
-		case <-s.cfg.Stop:
-			return status.Error(codes.Unavailable, textStopping)
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
