@@ -11,8 +11,8 @@ import (
 	"context"
 	"log/slog"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"castellan.dev/internal/xds"
 )
@@ -29,21 +29,6 @@ const (
 	// NameAll is a validation context with every trust domain's bundle (SPIRE).
 	NameAll = "ALL"
 )
-
-// Material is everything a workload proves itself and judges others with. It is
-// immutable once given out.
-type Material struct {
-	ID spiffeid.ID
-	// Chain is DER, leaf first, roots left out.
-	Chain [][]byte
-	// KeyPKCS8 is the leaf's private key.
-	KeyPKCS8    []byte
-	TrustDomain spiffeid.TrustDomain
-	// Roots of TrustDomain, DER.
-	Roots [][]byte
-	// Federated trust domains and their roots.
-	Federated map[spiffeid.TrustDomain][][]byte
-}
 
 // Provider gives the material as it is now, and a channel that is closed at its
 // next change. Nil material means that there is none yet: streams wait.
@@ -64,8 +49,50 @@ type Config struct {
 // Server implements secretv3.SecretDiscoveryServiceServer.
 type Server struct {
 	secretv3.UnimplementedSecretDiscoveryServiceServer
-	cfg Config
+	cfg    Config
+	source *source
 }
 
 // NewServer returns a Server.
-func NewServer(cfg Config) *Server { return &Server{cfg: cfg} }
+func NewServer(cfg Config) *Server {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{cfg: cfg, source: &source{provider: cfg.Provider, log: cfg.Log}}
+}
+
+// StreamSecrets serves the state-of-the-world variant.
+func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecretsServer) error {
+	cfg, end := s.stream(stream.Context())
+	defer end()
+	return xds.ServeSotW(stream, cfg)
+}
+
+// DeltaSecrets serves the delta variant.
+func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecretsServer) error {
+	cfg, end := s.stream(stream.Context())
+	defer end()
+	return xds.ServeDelta(stream, cfg)
+}
+
+// FetchSecrets answers once. Before there is any material it is Unavailable.
+func (s *Server) FetchSecrets(_ context.Context, req *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	return xds.Fetch(req, s.config(nil))
+}
+
+// stream returns what one stream is served with, and what to call at its end.
+func (s *Server) stream(ctx context.Context) (xds.Config, func()) {
+	var observer xds.Observer
+	var end func()
+	if s.cfg.Observe != nil {
+		observer, end = s.cfg.Observe(ctx)
+	}
+	if end == nil {
+		end = func() {}
+	}
+	return s.config(observer), end
+}
+
+func (s *Server) config(observer xds.Observer) xds.Config {
+	return xds.Config{Source: s.source, Types: []string{TypeSecret}, Observer: observer, Log: s.cfg.Log, Limits: s.cfg.Limits}
+}
