@@ -59,7 +59,7 @@ tools: $(GOTESTSUM)
 # Tools are built once and kept outside the tree.
 $(GOTESTSUM):
 	@mkdir -p $(@D)
-	GOBIN=$(@D) go install gotest.tools/gotestsum@v1.13.0 && mv $(@D)/gotestsum $@
+	GOBIN=$(@D) go install gotest.tools/gotestsum@v1.13.0 && mv -f $(@D)/gotestsum $@
 
 $(LINTER):
 	@mkdir -p $(@D)
