@@ -1,0 +1,68 @@
+// Command castellan-agent runs on every node: it keeps the identities of the
+// node's workloads and serves each its own on a Unix socket.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+
+	"castellan.dev/agent"
+	"castellan.dev/internal/config"
+	"castellan.dev/internal/run"
+	"castellan.dev/internal/telemetry"
+)
+
+func main() {
+	ctx, stop := run.WithSignals(context.Background())
+	err := start(ctx, os.Args[1:], os.Stderr)
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "castellan-agent:", err)
+		os.Exit(1)
+	}
+}
+
+// start runs the agent until ctx ends.
+func start(ctx context.Context, args []string, stderr io.Writer) error {
+	flags := flag.NewFlagSet("castellan-agent", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	file := flags.String("config", "", "configuration `FILE` (kind AgentConfig)")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if *file == "" || flags.NArg() > 0 {
+		return errors.New("usage: castellan-agent -config FILE")
+	}
+	var cfg config.Agent
+	if err := config.Load(*file, &cfg); err != nil {
+		return err
+	}
+	// Before the first key is made.
+	if err := harden(); err != nil {
+		return err
+	}
+	return serve(ctx, cfg, stderr)
+}
+
+func serve(ctx context.Context, cfg config.Agent, stderr io.Writer) error {
+	log := telemetry.NewLogger(stderr, cfg.Log)
+	registry := telemetry.NewRegistry()
+	a, err := agent.New(agent.Config{Agent: cfg, Log: log, Registerer: registry})
+	if err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", cfg.Admin)
+	if err != nil {
+		return fmt.Errorf("admin: %w", err)
+	}
+	admin := telemetry.NewAdmin(listener, registry, log)
+	for name, check := range a.Checks() {
+		admin.AddCheck(name, check)
+	}
+	return run.All(ctx, admin.Run, a.Run)
+}
