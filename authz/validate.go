@@ -18,15 +18,11 @@ const (
 // annotationDryRun makes a policy a shadow, whose decision is only reported (rule 23).
 const annotationDryRun = "istio.io/dry-run"
 
-// defaultRootNamespace stands where the mesh settings name none.
-const defaultRootNamespace = "castellan-system"
-
 // Limits of the documents (rules 2, 13, 35 and the schemas that users' tools know).
 const (
 	maxRules           = 512
 	maxTargetRefs      = 16
 	maxServiceAccounts = 16
-	maxAccountLength   = 320
 	maxJWTRules        = 4096
 	maxSpaceDelimited  = 64
 	maxJwksURI         = 2048
@@ -101,17 +97,10 @@ func (v *validation) add(severity, field, value, reason string) {
 	v.findings = append(v.findings, Finding{Severity: severity, Field: field, Value: shorten(value), Reason: reason})
 }
 
-func (v *validation) rootNamespace() string {
-	if v.mesh.RootNamespace == "" {
-		return defaultRootNamespace
-	}
-	return v.mesh.RootNamespace
-}
+func (v *validation) rootNamespace() string { return rootNamespace(v.mesh) }
 
-// knownDomains lists the mesh's trust domain and its aliases.
-func (v *validation) knownDomains() []string {
-	return append([]string{v.mesh.TrustDomain}, v.mesh.TrustDomainAliases...)
-}
+// domains are what the mesh's identities may be called.
+func (v *validation) domains() domains { return newDomains(v.mesh, "") }
 
 func (v *validation) metadata(doc policy.Document) {
 	meta := doc.Metadata

@@ -46,7 +46,7 @@ func (v *validation) jwtRule(field string, r policy.JWTRule) {
 	v.values(field+".audiences", r.Audiences, noCheck)
 	v.keys(field, r)
 	for i, h := range r.FromHeaders {
-		if name := itemPath(field+".fromHeaders", i) + ".name"; !headerName(h.Name) {
+		if name := itemPath(field+".fromHeaders", i) + ".name"; !isToken(h.Name) {
 			v.refuse(name, h.Name, "not the name of a header")
 		}
 	}
@@ -63,7 +63,7 @@ func (v *validation) jwtRule(field string, r policy.JWTRule) {
 func noCheck(*validation, string, string) {}
 
 func checkCookie(v *validation, field, value string) {
-	if !headerName(value) {
+	if !isToken(value) {
 		v.refuse(field, value, "not the name of a cookie")
 	}
 }

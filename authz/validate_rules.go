@@ -148,8 +148,8 @@ func operationFields(o *policy.Operation) []listField {
 		{"notPorts", o.NotPorts, checkPort},
 		{"methods", o.Methods, checkMethod},
 		{"notMethods", o.NotMethods, checkMethod},
-		{"paths", o.Paths, checkPath},
-		{"notPaths", o.NotPaths, checkPath},
+		{"paths", o.Paths, checkPathValue},
+		{"notPaths", o.NotPaths, checkPathValue},
 	}
 }
 

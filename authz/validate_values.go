@@ -1,12 +1,11 @@
 package authz
 
 import (
-	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 
 	"castellan.dev/api/policy"
+	"castellan.dev/identity"
 )
 
 // The checks below get values that are not empty.
@@ -50,13 +49,11 @@ func checkPrincipal(v *validation, field, value string) {
 	}
 }
 
-// expands says whether a trust domain stands for other names than its own.
+// expands says whether a trust domain of a principal stands for others too.
 func (v *validation) expands(td string) bool {
-	known := v.knownDomains()
-	if td == "cluster.local" && (len(known) > 1 || known[0] != td) {
-		return true
-	}
-	return len(known) > 1 && slices.Contains(known, td)
+	full := td + "/ns/n/sa/n"
+	meant := v.domains().principal(full)
+	return len(meant) != 1 || meant[0] != full
 }
 
 // checkRequestPrincipal is rule 15.
@@ -85,64 +82,42 @@ func checkNamespace(v *validation, field, value string) {
 
 // checkServiceAccount is rule 13.
 func checkServiceAccount(v *validation, field, value string) {
-	ns, name, slash := strings.Cut(value, "/")
-	if !slash {
-		ns, name = "n", value
+	if _, err := parseAccount(value, v.namespace); err != nil {
+		v.refuse(field, value, "%v; allowed: ACCOUNT or NAMESPACE/ACCOUNT (for patterns use namespaces or principals)", err)
+		return
 	}
-	switch {
-	case strings.Contains(value, "*"):
-		v.refuse(field, value, "no wildcard is allowed; use namespaces or principals for patterns")
-	case len(value) > maxAccountLength:
-		v.refuse(field, value, "%d bytes long, at most %d are allowed", len(value), maxAccountLength)
-	case ns == "" || name == "" || strings.Contains(name, "/"):
-		v.refuse(field, value, "allowed: ACCOUNT or NAMESPACE/ACCOUNT")
-	case !validLabelName(ns) || !validSubdomain(name):
+	if !strings.Contains(value, "/") {
+		value = v.namespace + "/" + value
+	}
+	if _, err := identity.ParseAccount(value); err != nil {
 		v.warn(field, value, "never matches: no service account can have this name")
 	}
 }
 
 // checkTrustDomain is rule 14.
 func checkTrustDomain(v *validation, field, value string) {
-	inner := value
-	if value != "*" {
-		inner = strings.TrimPrefix(strings.TrimSuffix(value, "*"), "*")
+	if _, err := parseTrustDomain(value); err != nil {
+		v.refuse(field, value, "%v; allowed: NAME, prefix*, *suffix, *", err)
+		return
 	}
-	switch {
-	case value == "*":
-	case strings.Contains(value, "/"):
-		v.refuse(field, value, "a trust domain has no \"/\"; write the bare name, as in \"cluster.local\"")
-	case strings.Count(value, "*") > 1 || strings.Contains(inner, "*"):
-		v.refuse(field, value, "one * is allowed, at the start or the end")
-	case strings.Trim(inner, "abcdefghijklmnopqrstuvwxyz0123456789-._") != "":
+	switch own := v.domains()[0]; {
+	case strings.Trim(value, "abcdefghijklmnopqrstuvwxyz0123456789-._*") != "":
 		v.warn(field, value, "never matches: not a trust domain (lower-case letters, digits, -, . and _ are allowed)")
-	case value == "cluster.local" && v.mesh.TrustDomain != "" && !slices.Contains(v.knownDomains(), value):
-		v.warn(field, value, "literal here: it does not stand for the mesh's trust domain %q as it does in principals", v.mesh.TrustDomain)
+	case value == clusterLocal && !slices.Contains(v.domains(), value):
+		v.warn(field, value, "literal here: it does not stand for the mesh's trust domain %q as it does in principals", own)
 	}
 }
 
 // checkIPBlock is rule 16.
 func checkIPBlock(v *validation, field, value string) {
-	if _, ok := parseBlock(value); !ok {
-		v.refuse(field, value, "not an IP address or CIDR; allowed as in 203.0.113.4, 203.0.113.0/24, 2001:db8::/32")
+	if _, err := parseNet(value); err != nil {
+		v.refuse(field, value, "%v; allowed as in 203.0.113.4, 203.0.113.0/24, 2001:db8::/32", err)
 	}
-}
-
-// parseBlock reads an address or a CIDR. A zone is refused: packets carry none.
-func parseBlock(value string) (netip.Prefix, bool) {
-	if strings.Contains(value, "/") {
-		p, err := netip.ParsePrefix(value)
-		return p, err == nil
-	}
-	a, err := netip.ParseAddr(value)
-	if err != nil || a.Zone() != "" {
-		return netip.Prefix{}, false
-	}
-	return netip.PrefixFrom(a, a.BitLen()), true
 }
 
 // checkPort is rule 9.
 func checkPort(v *validation, field, value string) {
-	if _, err := strconv.ParseUint(value, 10, 16); err != nil {
+	if _, err := parsePort(value); err != nil {
 		v.refuse(field, value, "not a port; allowed: 0 to 65535, of the workload, not of its service")
 	}
 }
@@ -156,10 +131,10 @@ func checkMethod(v *validation, field, value string) {
 	}
 }
 
-// checkPath is rule 10.
-func checkPath(v *validation, field, value string) {
-	if reason := templateFault(value); reason != "" {
-		v.refuse(field, value, "%s", reason)
+// checkPathValue is rule 10.
+func checkPathValue(v *validation, field, value string) {
+	if _, err := parsePath(value); err != nil {
+		v.refuse(field, value, "%v; allowed: {*} for one segment, {**} for any number, each as a whole segment, {**} last", err)
 		return
 	}
 	if !strings.ContainsAny(value, "{}") {
@@ -187,55 +162,4 @@ func (v *validation) normalPath(field, value, literal string) {
 	if err != nil || normal != literal && value == literal {
 		v.warn(field, value, "never matches: under the mesh's pathNormalization %s no request has this path; write %q", option, normal)
 	}
-}
-
-// templateFault says what is wrong with the braces of a path, "" if nothing is.
-func templateFault(path string) string {
-	if !strings.ContainsAny(path, "{}") {
-		return ""
-	}
-	const allowed = "; allowed: {*} for one segment, {**} for any number, each as a whole segment, {**} last"
-	if !strings.Contains(path, "{*}") && !strings.Contains(path, "{**}") {
-		return "a { or } outside a template operator is not allowed" + allowed
-	}
-	if !strings.HasPrefix(path, "/") {
-		return "a path template starts with \"/\"" + allowed
-	}
-	var ended bool
-	for segment := range strings.SplitSeq(path[1:], "/") {
-		switch {
-		case segment == "{*}" || segment == "{**}":
-			if ended {
-				return "no operator is allowed after {**}" + allowed
-			}
-			ended = segment == "{**}"
-		case strings.ContainsAny(segment, "{}"):
-			return "an operator must be a whole segment" + allowed
-		case strings.Contains(segment, "*"):
-			return "no other * is allowed in a path template" + allowed
-		case !pchars(segment):
-			return "literals of a path template hold only the characters RFC 3986 allows in a segment" + allowed
-		}
-	}
-	return ""
-}
-
-// pchars checks RFC 3986 section 3.3, percent-encoding included.
-func pchars(segment string) bool {
-	for i := 0; i < len(segment); i++ {
-		c := segment[i]
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
-		case strings.IndexByte("-._~!$&'()+,;=:@", c) >= 0:
-		case c == '%' && i+2 < len(segment) && isHex(segment[i+1]) && isHex(segment[i+2]):
-			i += 2
-		default:
-			return false
-		}
-	}
-	return true
-}
-
-func isHex(c byte) bool {
-	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
 }
