@@ -1,0 +1,134 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"castellan.dev/identity"
+)
+
+// PeerVerifier judges a TLS peer's certificate; *tlsconf.Verifier is one.
+type PeerVerifier interface {
+	Peer(cs tls.ConnectionState) (spiffeid.ID, error)
+}
+
+// GateConfig configures a Gate.
+type GateConfig struct {
+	Verifier    PeerVerifier
+	TrustDomain spiffeid.TrustDomain
+	// AgentAccounts are whose certificate opens the gate; none: nobody's.
+	AgentAccounts []identity.Account
+	// Open are the full names of the methods that ask for no certificate.
+	Open       []string
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Gate admits to a listener's methods: to the open ones everybody, to all others
+// agents with a valid certificate only. It asks anew for every call, so a
+// certificate that expires or is revoked opens nothing more on a live connection.
+type Gate struct {
+	cfg      GateConfig
+	refusals *prometheus.CounterVec
+}
+
+// NewGate checks cfg.
+func NewGate(cfg GateConfig) (*Gate, error) {
+	if cfg.Verifier == nil || cfg.TrustDomain.IsZero() {
+		return nil, errors.New("server: the gate needs a verifier and a trust domain")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	g := &Gate{cfg: cfg, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "castellan_server_gate_refusals_total",
+		Help: "Calls refused for want of an agent's certificate, by reason.",
+	}, []string{"reason"})}
+	if cfg.Registerer != nil {
+		if err := cfg.Registerer.Register(g.refusals); err != nil {
+			return nil, fmt.Errorf("server: metrics: %w", err)
+		}
+	}
+	return g, nil
+}
+
+// Unary is the interceptor for unary calls.
+func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	if !slices.Contains(g.cfg.Open, info.FullMethod) {
+		if _, err := g.admit(ctx, info.FullMethod); err != nil {
+			return nil, err
+		}
+	}
+	return next(ctx, req)
+}
+
+// Stream is the interceptor for streams. A stream ends when the certificate that
+// opened it expires: its agent opens another with the next one.
+func (g *Gate) Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	if slices.Contains(g.cfg.Open, info.FullMethod) {
+		return next(srv, stream)
+	}
+	cs, err := g.admit(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithDeadlineCause(stream.Context(), cs.PeerCertificates[0].NotAfter, errExpired)
+	defer cancel()
+	err = next(srv, boundStream{ServerStream: stream, ctx: ctx})
+	if errors.Is(context.Cause(ctx), errExpired) {
+		g.refusals.WithLabelValues("expired").Inc()
+		return status.Error(codes.Unauthenticated, "certificate expired")
+	}
+	return err
+}
+
+var errExpired = errors.New("the peer's certificate expired")
+
+// boundStream is a stream that ends earlier than its connection.
+type boundStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s boundStream) Context() context.Context { return s.ctx }
+
+// admit returns the connection of a verified agent, or a status.
+func (g *Gate) admit(ctx context.Context, method string) (*tls.ConnectionState, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("no peer"))
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.PeerCertificates) == 0 {
+		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("the caller has no certificate"))
+	}
+	id, err := g.cfg.Verifier.Peer(info.State)
+	if err != nil {
+		return nil, g.refuse(ctx, method, codes.Unauthenticated, "certificate", err)
+	}
+	w, err := identity.FromID(id)
+	if err != nil || w.TrustDomain() != g.cfg.TrustDomain || !slices.Contains(g.cfg.AgentAccounts, w.Account()) {
+		return nil, g.refuse(ctx, method, codes.PermissionDenied, "not-an-agent", fmt.Errorf("%q is no agent", id))
+	}
+	return &info.State, nil
+}
+
+func (g *Gate) refuse(ctx context.Context, method string, code codes.Code, reason string, cause error) error {
+	g.refusals.WithLabelValues(reason).Inc()
+	g.cfg.Log.LogAttrs(ctx, slog.LevelWarn, "call refused",
+		slog.String("method", method), slog.String("code", code.String()), slog.String("reason", reason),
+		slog.String("peer", peerAddress(ctx)), slog.String("cause", cause.Error()))
+	return status.Error(code, verdict{code: code}.text())
+}
