@@ -1,0 +1,204 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"castellan.dev/authz"
+	"castellan.dev/proxy/engine"
+)
+
+// inbound is one listener in front of the application.
+type inbound struct {
+	p *Proxy
+	// port is the workload port the listener stands for.
+	port uint16
+	app  string
+	// http1 and h2 name the application's connections in the engine's pool.
+	http1, h2 string
+}
+
+func newInbound(p *Proxy, port uint16, app string) *inbound {
+	return &inbound{p: p, port: port, app: app, http1: app + "|http1", h2: app + "|h2"}
+}
+
+// accepted is a connection whose transport has been settled.
+type accepted struct {
+	conn net.Conn
+	// chain is what the peer proved by TLS; empty for plaintext.
+	chain []*x509.Certificate
+	alpn  string
+	sni   string
+	// opaque: TLS of the application's own, which is not looked into.
+	opaque bool
+}
+
+// secure settles transport as the mode of the port says.
+func (in *inbound) secure(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
+	a, reason, err := in.transport(ctx, conn)
+	if err != nil {
+		in.p.refuse(inboundSide, reason, source, err)
+		conn.Close()
+		return nil
+	}
+	return func() { in.serve(ctx, a, source) }
+}
+
+func (in *inbound) transport(ctx context.Context, conn net.Conn) (*accepted, string, error) {
+	st := in.p.store.load()
+	speaks := protocolOf(st.declared(in.port))
+	switch st.mode(in.port) {
+	case authz.ModeDisable:
+		return &accepted{conn: conn}, "", nil
+	case authz.ModePermissive:
+		return in.either(ctx, conn, speaks)
+	}
+	return in.mutual(ctx, tls.Server(conn, in.p.strict[speaks]))
+}
+
+func (in *inbound) mutual(ctx context.Context, secured *tls.Conn) (*accepted, string, error) {
+	if err := in.p.handshake(ctx, secured); err != nil {
+		return nil, refusalOf(err), err
+	}
+	return settled(secured), "", nil
+}
+
+func settled(secured *tls.Conn) *accepted {
+	cs := secured.ConnectionState()
+	return &accepted{conn: secured, chain: cs.PeerCertificates, alpn: cs.NegotiatedProtocol, sni: cs.ServerName}
+}
+
+// either tells TLS of the mesh, TLS of the application and plaintext apart (authz 32).
+func (in *inbound) either(ctx context.Context, conn net.Conn, speaks protocol) (*accepted, string, error) {
+	first := &prefixConn{Conn: conn}
+	err := first.fill(func(b []byte) bool { return len(b) > 0 }, in.p.now().Add(in.p.firstByte))
+	switch {
+	case timedOut(err) && speaks == speaksTCP:
+		// In some protocols the server speaks first. Policy judges the peer as
+		// the anonymous one it is.
+		return &accepted{conn: first}, "", first.SetReadDeadline(time.Time{})
+	case err != nil:
+		return nil, refusedTimeout, err
+	case first.length == 0 || first.prefix[0] != recordHandshake:
+		return &accepted{conn: first}, "", nil
+	}
+	secured, plain, sni, err := in.p.permissive(ctx, first, speaks)
+	if errors.Is(err, errNotMesh) {
+		return &accepted{conn: plain, sni: sni, opaque: true}, "", nil
+	}
+	if err != nil {
+		return nil, refusalOf(err), err
+	}
+	return settled(secured), "", nil
+}
+
+// serve registers the connection, tells its protocol and hands it on.
+func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort) {
+	l := &live{side: inboundSide, port: in.port, chain: a.chain}
+	l.subject = authz.Peer{
+		SourceIP: source.Addr(), DestinationIP: addrPort(a.conn.LocalAddr()).Addr(), DestinationPort: in.port, SNI: a.sni,
+	}
+	if len(a.chain) > 0 {
+		// The handshake judged the peer; this says who it is.
+		peer, err := in.p.verifier.Check(a.chain)
+		if err != nil {
+			in.p.refuse(inboundSide, refusedIdentity, source, err)
+			a.conn.Close()
+			return
+		}
+		l.peer, l.subject.ID = peer, peer.ID
+	}
+	speaks, err := in.tell(a)
+	if err != nil {
+		in.p.refuse(inboundSide, refusedTimeout, source, err)
+		a.conn.Close()
+		return
+	}
+	security := "plaintext"
+	if len(a.chain) > 0 {
+		security = "mtls"
+	}
+	switch speaks {
+	case speaksTCP:
+		in.p.metrics.conns[inboundSide]["tcp"+security].Inc()
+		in.serveTCP(ctx, a.conn, l, source)
+	case speaksHTTP2:
+		in.p.metrics.conns[inboundSide]["http2"+security].Inc()
+		in.serveHTTP(ctx, a.conn, l, true, source)
+	default:
+		in.p.metrics.conns[inboundSide]["http1"+security].Inc()
+		in.serveHTTP(ctx, a.conn, l, false, source)
+	}
+}
+
+// tell decides what is spoken: by the port's declaration, and where there is
+// none by the first bytes. Within HTTP the version is what was negotiated, or
+// else what the first bytes show.
+func (in *inbound) tell(a *accepted) (protocol, error) {
+	declared := protocolOf(in.p.store.load().declared(in.port))
+	switch {
+	case declared == speaksTCP || a.opaque:
+		return speaksTCP, nil
+	case declared != undeclared && (a.alpn == alpnH2 || a.alpn == alpnIstioH2):
+		return speaksHTTP2, nil
+	case declared != undeclared && (a.alpn == alpnHTTP11 || strings.HasPrefix(a.alpn, "istio-http/")):
+		return speaksHTTP, nil
+	}
+	return in.p.tellByBytes(&a.conn, declared)
+}
+
+// tellByBytes replaces *conn by one that gives the bytes read ahead once more.
+func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol) (protocol, error) {
+	first, ok := (*conn).(*prefixConn)
+	if !ok {
+		first = &prefixConn{Conn: *conn}
+		*conn = first
+	}
+	if declared != undeclared {
+		wait := p.cfg.Proxy.Limits.IdleTimeout.Or(5 * time.Minute)
+		err := first.fill(func(b []byte) bool { _, sure := isPreface(b); return len(b) > 0 && sure }, p.now().Add(wait))
+		if yes, _ := isPreface(first.prefix[:first.length]); yes {
+			return speaksHTTP2, err
+		}
+		return speaksHTTP, err
+	}
+	err := first.fill(func(b []byte) bool { return sniff(b) != sniffedNothing }, p.now().Add(p.firstByte))
+	switch what := sniff(first.prefix[:first.length]); {
+	case what == sniffedHTTP2:
+		return speaksHTTP2, err
+	case what == sniffedHTTP1:
+		return speaksHTTP, err
+	case timedOut(err):
+		// The server speaks first, or the client is slow: bytes either way.
+		return speaksTCP, first.SetReadDeadline(time.Time{})
+	}
+	return speaksTCP, err
+}
+
+// serveHTTP registers before any request is judged, so that each is judged by
+// the state of its moment and none is missed by a change.
+func (in *inbound) serveHTTP(ctx context.Context, conn net.Conn, l *live, h2 bool, source netip.AddrPort) {
+	s := newInboundSession(in, l, source)
+	served := in.p.inboundEngine.NewConn(conn, h2, s)
+	l.closeNow, l.gracefully = served.CloseNow, served.CloseGracefully
+	in.p.watch(l, func() { served.Serve(ctx) })
+}
+
+// watch registers l while f runs; a connection that stopped being acceptable
+// since it was judged first is closed, by the same judgement as later ones.
+func (p *Proxy) watch(l *live, f func()) {
+	p.registry.add(l)
+	defer p.registry.remove(l)
+	if reason, err := p.stillAccepted(l, p.store.load()); reason != "" {
+		p.end(l, reason, err)
+	}
+	f()
+}
+
+var _ engine.Session = (*inboundSession)(nil)

@@ -1,0 +1,97 @@
+package proxy
+
+import (
+	"context"
+	"net"
+
+	"castellan.dev/proxy/engine"
+)
+
+// Bodies of failures the application sees: constant, the cause is in the log.
+const (
+	bodyNoDestination = "destination not available"
+	bodyNoIdentity    = "no identity yet"
+)
+
+// outboundSession chooses where an application's requests go. HTTP/2 calls it concurrently.
+type outboundSession struct {
+	out    *outbound
+	source string
+}
+
+// Begin chooses the endpoint.
+func (s *outboundSession) Begin(r *engine.Request) engine.Verdict {
+	p := s.out.p
+	x := p.exchanges.get(r)
+	r.Aux = x
+	st := p.store.load()
+	if st.svid == nil || st.trust == nil {
+		return s.fail(x, 503, bodyNoIdentity, failedNoOwn)
+	}
+	if x.port = st.services[s.out.service].port(s.out.port); x.port == nil {
+		return s.fail(x, 502, bodyNoDestination, failedUnknown)
+	}
+	if x.endpoint = x.port.pick(p.now(), nil); x.endpoint == nil {
+		return s.fail(x, 503, bodyNoDestination, failedEmpty)
+	}
+	// Who called whom is the receiving proxy's to say.
+	x.remove = append(x.remove, headerXFCC)
+	v := engine.Verdict{Remove: x.remove}
+	keys := x.endpoint.pool(st.serial)
+	if s.carries(x, r) == wireHTTP2 {
+		v.Upstream = engine.Upstream{Key: keys.h2, H2: true}
+	} else {
+		v.Upstream = engine.Upstream{Key: keys.http1}
+	}
+	return v
+}
+
+// carries: HTTP/2 where the destination declares it or only it will do.
+func (s *outboundSession) carries(x *exchange, r *engine.Request) wire {
+	switch {
+	case r.WebSocket:
+		return wireHTTP1
+	case x.port.protocol == speaksHTTP2:
+		return wireHTTP2
+	case r.Proto == engine.HTTP2 && (x.port.protocol == undeclared || isGRPC(r)):
+		return wireHTTP2
+	}
+	return wireHTTP1
+}
+
+func (s *outboundSession) fail(x *exchange, status int, body, reason string) engine.Verdict {
+	x.reason = reason
+	return engine.Verdict{Status: status, Body: body}
+}
+
+// Dial opens a connection to the endpoint chosen, or to another of the service.
+func (s *outboundSession) Dial(ctx context.Context, r *engine.Request) (net.Conn, error) {
+	x, _ := r.Aux.(*exchange)
+	up, err := s.out.dial(ctx, x.port, x.endpoint, s.carries(x, r))
+	if err != nil {
+		return nil, err
+	}
+	return up, nil
+}
+
+// End writes the line and counts.
+func (s *outboundSession) End(r *engine.Request, o *engine.Outcome) {
+	p := s.out.p
+	p.metrics.request(outboundSide, o.Status, o.RequestBytes, o.ResponseBytes, o.Total)
+	x, _ := r.Aux.(*exchange)
+	if p.cfg.AccessLog != nil {
+		e := entryOf(r, o)
+		e.Direction, e.Source, e.Destination, e.Rule = "outbound", s.source, s.out.service, -1
+		if x != nil {
+			x.describe(&e)
+			if x.endpoint != nil && len(x.endpoint.allowed) == 1 {
+				e.Peer = x.endpoint.allowed[0].String()
+			}
+		}
+		p.cfg.AccessLog.Add(&e)
+	}
+	if x != nil {
+		r.Aux = nil
+		p.exchanges.put(x)
+	}
+}

@@ -1,0 +1,170 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"castellan.dev/authz"
+	"castellan.dev/proxy/accesslog"
+)
+
+const (
+	smallBuffer = 4 << 10
+	largeBuffer = 32 << 10
+)
+
+// authorizeTCP judges a connection as a whole. Without a policy it is denied.
+func (p *Proxy) authorizeTCP(st *state, subject authz.Peer) authz.Decision {
+	switch {
+	case st.policy == nil:
+		return authz.Decision{Rule: -1, Reason: authz.ReasonNoSnapshot}
+	case st.policy.broken != "":
+		return authz.Decision{Rule: -1, Reason: "policy cannot be enforced, all is denied: " + st.policy.broken}
+	}
+	return st.policy.snapshot.Connect(subject).AuthorizeTCP()
+}
+
+// serveTCP judges the connection, and carries its bytes as long as it would be
+// judged the same.
+func (in *inbound) serveTCP(ctx context.Context, conn net.Conn, l *live, source netip.AddrPort) {
+	l.tcp = true
+	p := in.p
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	l.closeNow = cancel
+	l.active.Store(p.now().UnixNano())
+	p.watch(l, func() {
+		defer conn.Close()
+		e := accesslog.Entry{
+			Start: p.now(), Direction: "inbound", Protocol: "TCP", Source: source.String(), Destination: in.app, Rule: -1,
+		}
+		if len(l.chain) > 0 {
+			e.Peer = l.peer.ID.String()
+		}
+		in.carryTCP(ctx, conn, l, &e)
+		p.metrics.transferred(inboundSide, e.BytesReceived, e.BytesSent)
+		e.Duration = p.now().Sub(e.Start)
+		if why := l.why(); why != "" {
+			e.Reason = why
+		}
+		p.cfg.AccessLog.Add(&e)
+	})
+}
+
+func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *accesslog.Entry) {
+	p := in.p
+	d := p.authorizeTCP(p.store.load(), l.subject)
+	e.Policy, e.Rule = d.Policy, d.Rule
+	if !d.Allowed {
+		e.Reason = d.Reason
+		p.metrics.deniedBy[deniedPolicy].Inc()
+		return
+	}
+	dialCtx, cancel := context.WithTimeout(ctx, p.connectTimeout())
+	app, err := in.dial(dialCtx)
+	cancel()
+	if err != nil {
+		e.Reason, e.Error = "upstream_connect_failed", err
+		return
+	}
+	defer app.Close()
+	e.BytesReceived, e.BytesSent, e.Error = p.splice(ctx, conn, app, l)
+}
+
+// splice carries bytes both ways until both ended, one failed, or ctx ended.
+// The end of one direction is passed on and leaves the other open.
+func (p *Proxy) splice(ctx context.Context, client, server net.Conn, l *live) (received, sent int64, err error) {
+	stop := context.AfterFunc(ctx, func() {
+		client.Close()
+		server.Close()
+	})
+	defer stop()
+	var up, down int64
+	var failed atomic.Pointer[error]
+	direction := func(dst, src net.Conn, n *int64) {
+		err := p.buffers.carry(dst, src, n, func() { l.active.Store(p.now().UnixNano()) })
+		if err == nil {
+			err = closeWrite(dst)
+		}
+		if err != nil && !benign(err) {
+			failed.CompareAndSwap(nil, &err)
+			// Nothing can be promised about the other direction any more.
+			client.Close()
+			server.Close()
+		}
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { direction(server, client, &up) })
+	direction(client, server, &down)
+	wg.Wait()
+	if ctx.Err() == nil {
+		if e := failed.Load(); e != nil {
+			err = *e
+		}
+	}
+	return up, down, err
+}
+
+// benign errors are how peers end connections they have finished with.
+func benign(err error) bool {
+	return errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF)
+}
+
+// buffers lends small buffers to connections, and large ones to those that fill them.
+type buffers struct{ small, large sync.Pool }
+
+func (b *buffers) get(large bool) *[]byte {
+	pool, size := &b.small, smallBuffer
+	if large {
+		pool, size = &b.large, largeBuffer
+	}
+	if buf, ok := pool.Get().(*[]byte); ok {
+		return buf
+	}
+	buf := make([]byte, size)
+	return &buf
+}
+
+func (b *buffers) put(buf *[]byte) {
+	if len(*buf) == largeBuffer {
+		b.large.Put(buf)
+		return
+	}
+	b.small.Put(buf)
+}
+
+// carry copies until the end of src. It counts as it goes.
+func (b *buffers) carry(dst io.Writer, src io.Reader, count *int64, moved func()) error {
+	buf := b.get(false)
+	defer func() { b.put(buf) }()
+	for {
+		n, err := src.Read(*buf)
+		if n > 0 {
+			moved()
+			if _, werr := dst.Write((*buf)[:n]); werr != nil {
+				return werr
+			}
+			*count += int64(n)
+			if n == smallBuffer && len(*buf) == smallBuffer {
+				b.put(buf)
+				buf = b.get(true)
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (p *Proxy) connectTimeout() time.Duration {
+	return p.cfg.Proxy.Limits.ConnectTimeout.Or(5 * time.Second)
+}

@@ -1,0 +1,196 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"slices"
+	"sync"
+
+	"castellan.dev/internal/tlsconf"
+	"castellan.dev/proxy/engine"
+)
+
+// Reasons that an outbound request or connection fails, constant for logs and metrics.
+const (
+	failedUnknown  = "destination_unknown"
+	failedNoOwn    = "no_certificate"
+	failedIdentity = "identity_not_expected"
+	failedPeer     = "peer_not_accepted"
+	failedEmpty    = "no_endpoint"
+)
+
+// maxAttempts bounds the endpoints tried for one connection.
+const maxAttempts = 3
+
+// wire is what an outbound connection carries.
+type wire uint8
+
+const (
+	wireTCP wire = iota
+	wireHTTP1
+	wireHTTP2
+)
+
+// alpns are offered in Istio's order: the protocol within the mesh first.
+func (w wire) alpns() []string {
+	switch w {
+	case wireHTTP1:
+		return []string{alpnIstioHTTP11, alpnIstio, alpnHTTP11}
+	case wireHTTP2:
+		return []string{alpnIstioH2, alpnIstio, alpnH2}
+	}
+	return []string{alpnIstio}
+}
+
+// upstream is a connection to one endpoint whose identity has been checked.
+type upstream struct {
+	*tls.Conn
+	p        *Proxy
+	live     *live
+	port     *servicePort
+	endpoint *endpoint
+	key      string
+	closed   sync.Once
+}
+
+// PoolKey is where the engine keeps the connection: with those of the endpoint
+// it went to in the end.
+func (u *upstream) PoolKey() string { return u.key }
+
+// Close closes the connection.
+func (u *upstream) Close() (err error) {
+	u.closed.Do(func() {
+		u.p.registry.remove(u.live)
+		err = u.Conn.Close()
+	})
+	return err
+}
+
+// retire has new requests open new connections to the endpoint, and closes the
+// old ones once what they carry has ended.
+func (u *upstream) retire() {
+	u.endpoint.epoch.Add(1)
+	u.p.outboundEngine.DropUpstream(func(key string) bool { return key == u.key })
+}
+
+// dial opens a connection to first or, where that cannot be reached, to another
+// endpoint. An endpoint that is reached and is not who was expected fails the
+// connection: another that happens to be right must not hide it.
+func (out *outbound) dial(ctx context.Context, port *servicePort, first *endpoint, w wire) (*upstream, *engine.StatusError) {
+	p := out.p
+	st := p.store.load()
+	switch {
+	case port == nil:
+		return nil, &engine.StatusError{Status: 502, Reason: failedUnknown}
+	case st.svid == nil || st.trust == nil:
+		return nil, &engine.StatusError{Status: 503, Reason: failedNoOwn}
+	}
+	var tried []*endpoint
+	e := first
+	if e == nil {
+		e = port.pick(p.now(), nil)
+	}
+	failure := &engine.StatusError{Status: 503, Reason: failedEmpty}
+	for e != nil && len(tried) < maxAttempts {
+		up, err := p.connect(ctx, port, e, w, st.serial)
+		if err == nil {
+			p.metrics.connects.WithLabelValues("outbound", "ok").Inc()
+			e.works()
+			return up, nil
+		}
+		failure = p.connectFailure(ctx, port, e, err)
+		p.metrics.connects.WithLabelValues("outbound", failure.Reason).Inc()
+		if failure.Reason == failedIdentity || ctx.Err() != nil {
+			break
+		}
+		e.failed(p.now())
+		tried = append(tried, e)
+		e = port.pick(p.now(), tried)
+	}
+	return nil, failure
+}
+
+// connect opens one connection and registers it.
+func (p *Proxy) connect(ctx context.Context, port *servicePort, e *endpoint, w wire, serial string) (*upstream, error) {
+	conn, err := p.dialer.DialContext(ctx, "tcp", e.address)
+	if err != nil {
+		return nil, err
+	}
+	secured := tls.Client(conn, tlsconf.ClientConfig(p.store.certificate, p.verifier, tlsconf.Expect(e.allowed...),
+		tlsconf.ClientOptions{ServerName: port.sni, NextProtos: w.alpns()}))
+	if err := secured.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	u := &upstream{Conn: secured, p: p, port: port, endpoint: e}
+	u.live = &live{side: outboundSide, chain: secured.ConnectionState().PeerCertificates, upstream: u}
+	u.live.closeNow = func() { u.Close() }
+	switch w {
+	case wireHTTP1:
+		u.key, u.live.gracefully = e.pool(serial).http1, u.retire
+	case wireHTTP2:
+		u.key, u.live.gracefully = e.pool(serial).h2, u.retire
+	}
+	if u.live.peer, err = p.verifier.Check(u.live.chain); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	// Registered first and judged then, so that no change falls between.
+	p.registry.add(u.live)
+	if reason, err := p.stillAccepted(u.live, p.store.load()); reason != "" {
+		u.Close()
+		return nil, errors.Join(errors.New(reason), err)
+	}
+	return u, nil
+}
+
+// connectFailure says what a failed connection answers. Who was there and who
+// was expected stand in the log and nowhere else.
+func (p *Proxy) connectFailure(ctx context.Context, port *servicePort, e *endpoint, err error) *engine.StatusError {
+	f := &engine.StatusError{Status: 503, Reason: engine.ReasonDial, Err: err}
+	unexpected := new(tlsconf.UnexpectedPeerError)
+	verification := new(tls.CertificateVerificationError)
+	switch {
+	case errors.As(err, &unexpected):
+		f.Status, f.Reason = 502, failedIdentity
+		p.log.Error("destination is not who is expected there", "service", port.service, "port", port.number, "endpoint", e.address,
+			"peer", unexpected.Got.String(), "expected", e.allowed, "service_expects", port.expected)
+		return f
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		f.Status, f.Reason = 504, engine.ReasonDialTimeout
+	case errors.As(err, &verification), isPeerError(err):
+		f.Status, f.Reason = 502, failedPeer
+	}
+	if p.quiet.AllowN(p.now(), 1) {
+		p.log.Warn("connecting to a destination failed", "service", port.service, "port", port.number, "endpoint", e.address, "reason", f.Reason, "error", err)
+	}
+	return f
+}
+
+// isPeerError: what is not of the network was the peer's certificate, or ours.
+func isPeerError(err error) bool {
+	var network net.Error
+	return !errors.As(err, &network)
+}
+
+// stillExpected judges an outbound connection by the services known now.
+func (p *Proxy) stillExpected(l *live, st *state) (string, error) {
+	u := l.upstream
+	if u == nil {
+		return "", nil // the application's own side
+	}
+	e := st.services[u.port.service].port(u.port.number).endpoint(u.endpoint.address)
+	if e == nil {
+		// Not served there any more: what is under way may end.
+		if l.gracefully != nil && !l.expired.Swap(true) {
+			l.gracefully()
+		}
+		return "", nil
+	}
+	if !slices.Contains(e.allowed, l.peer.ID) {
+		return closedIdentity, &tlsconf.UnexpectedPeerError{Got: l.peer.ID, Want: e.allowed}
+	}
+	return "", nil
+}
