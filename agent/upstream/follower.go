@@ -73,8 +73,10 @@ type Follower struct {
 	connected atomic.Bool
 	gauge     prometheus.Gauge
 
-	mu   sync.Mutex
-	conn *connection
+	mu sync.Mutex
+	// The stream keeps its connection for as long as it lasts. Reports are calls,
+	// and each is made with the certificate of the day.
+	streaming, reporting *connection
 }
 
 // connection is one mTLS connection and what it was made with.
@@ -116,13 +118,41 @@ func New(cfg Config) (*Follower, error) {
 
 // Run follows and reports until ctx ends.
 func (f *Follower) Run(ctx context.Context) error {
-	defer f.drop(nil)
-	var reporting sync.WaitGroup
-	defer reporting.Wait()
+	defer f.drop(&f.streaming, nil)
+	defer f.drop(&f.reporting, nil)
+	var beside sync.WaitGroup
+	defer beside.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	reporting.Go(func() { f.Reports.run(ctx, f.report) })
+	beside.Go(func() { f.Reports.run(ctx, f.report) })
+	beside.Go(func() { f.distrust(ctx) })
 	return f.client.Run(ctx)
+}
+
+// distrustInterval is how soon a server that proved its name under roots that
+// have been replaced is no longer listened to.
+const distrustInterval = 5 * time.Second
+
+// distrust ends the stream when the file of roots has changed: the server has to
+// prove itself again, under those in force.
+func (f *Follower) distrust(ctx context.Context) {
+	ticker := time.NewTicker(distrustInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		now := f.cfg.Client.RootsVersion()
+		f.mu.Lock()
+		conn := f.streaming
+		f.mu.Unlock()
+		if conn != nil && conn.roots != now {
+			f.cfg.Log.Info("the bundle file has changed; the server must prove itself again")
+			f.drop(&f.streaming, conn)
+		}
+	}
 }
 
 // Connected reports whether a stream is up on which the server has answered.
@@ -136,45 +166,41 @@ func (f *Follower) View() *View { return f.tables.view() }
 
 // open opens a stream as the agent, once it has a certificate.
 func (f *Follower) open(ctx context.Context) (xds.DeltaClientStream, error) {
-	conn, err := f.dial(ctx)
+	conn, err := f.dial(ctx, &f.streaming)
 	if err != nil {
 		return nil, err
 	}
 	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx, grpc.MaxCallRecvMsgSize(maxResponse))
 	if err != nil {
-		f.judge(conn, err)
+		f.judge(&f.streaming, conn, err)
 		return nil, fmt.Errorf("upstream: opening the discovery stream: %w", err)
 	}
 	return &followed{AggregatedDiscoveryService_DeltaAggregatedResourcesClient: stream, follower: f, conn: conn}, nil
 }
 
-// dial returns the connection made with the agent's present certificate under
-// the roots in force; it waits for the first certificate.
-func (f *Follower) dial(ctx context.Context) (*connection, error) {
+// dial returns slot's connection if it was made with the agent's present
+// certificate under the roots in force, or else a new one in its place. It waits
+// for the first certificate.
+func (f *Follower) dial(ctx context.Context, slot **connection) (*connection, error) {
 	own, err := f.ownSVID(ctx)
 	if err != nil {
 		return nil, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.conn != nil && f.conn.serial == own.Serial && f.conn.roots == f.cfg.Client.RootsVersion() {
-		return f.conn, nil
+	old := *slot
+	if old != nil && old.serial == own.Serial && old.roots == f.cfg.Client.RootsVersion() {
+		return old, nil
 	}
 	inner, roots, err := f.cfg.Client.DialMutual(f.certificate)
 	if err != nil {
 		return nil, fmt.Errorf("upstream: %w", err)
 	}
-	f.conn = f.retire(&connection{ClientConn: inner, serial: own.Serial, roots: roots})
-	return f.conn, nil
-}
-
-// retire closes the old connection in favour of next. Whatever still runs on it
-// ends and is opened anew. Caller holds f.mu.
-func (f *Follower) retire(next *connection) *connection {
-	if f.conn != nil {
-		f.conn.Close()
+	if old != nil {
+		old.Close()
 	}
-	return next
+	*slot = &connection{ClientConn: inner, serial: own.Serial, roots: roots}
+	return *slot, nil
 }
 
 func (f *Follower) ownSVID(ctx context.Context) (*svid.SVID, error) {
@@ -202,22 +228,22 @@ func (f *Follower) certificate() (*tls.Certificate, error) {
 
 // judge decides what a failure says about the connection: a server that does not
 // take our certificate gets a new connection, with a new certificate.
-func (f *Follower) judge(conn *connection, err error) {
+func (f *Follower) judge(slot **connection, conn *connection, err error) {
 	switch status.Code(err) {
 	case codes.Unauthenticated, codes.PermissionDenied:
 		f.cfg.Log.Warn("the server refuses the agent's certificate; attesting again", "error", err)
-		f.drop(conn)
+		f.drop(slot, conn)
 		f.cfg.Renew()
 	}
 }
 
-// drop closes conn if it is still in use; nil closes whatever is.
-func (f *Follower) drop(conn *connection) {
+// drop closes slot's connection if it still is conn; nil closes whatever it is.
+func (f *Follower) drop(slot **connection, conn *connection) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.conn != nil && (conn == nil || f.conn == conn) {
-		f.conn.Close()
-		f.conn = nil
+	if *slot != nil && (conn == nil || *slot == conn) {
+		(*slot).Close()
+		*slot = nil
 	}
 }
 
@@ -237,7 +263,7 @@ func (s *followed) Recv() (*discoveryv3.DeltaDiscoveryResponse, error) {
 	case err != nil:
 		f.connected.Store(false)
 		f.gauge.Set(0)
-		f.judge(s.conn, err)
+		f.judge(&f.streaming, s.conn, err)
 	case !s.answered:
 		s.answered = true
 		f.connected.Store(true)

@@ -278,12 +278,12 @@ func rank(r *castellanv1.ResourceReport) int {
 
 // report sends one report as the agent.
 func (f *Follower) report(ctx context.Context, req *castellanv1.ReportRequest) error {
-	conn, err := f.dial(ctx)
+	conn, err := f.dial(ctx, &f.reporting)
 	if err != nil {
 		return err
 	}
 	if _, err := castellanv1.NewNodeClient(conn).Report(ctx, req); err != nil {
-		f.judge(conn, err)
+		f.judge(&f.reporting, conn, err)
 		return fmt.Errorf("report: %w", err)
 	}
 	return nil

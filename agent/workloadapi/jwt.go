@@ -17,7 +17,7 @@ import (
 // Bounds of what a caller may ask a JWT-SVID for.
 const (
 	maxAudience      = 16
-	maxAudienceBytes = 2048
+	maxAudienceBytes = 1024
 )
 
 // FetchJWTSVID returns the workload's JWT-SVID for the asked audience.
