@@ -42,6 +42,8 @@ type GateConfig struct {
 type Gate struct {
 	cfg      GateConfig
 	refusals *prometheus.CounterVec
+	closing  context.Context
+	close    context.CancelCauseFunc
 }
 
 // NewGate checks cfg.
@@ -52,7 +54,8 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	g := &Gate{cfg: cfg, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+	closing, cancel := context.WithCancelCause(context.Background())
+	g := &Gate{cfg: cfg, closing: closing, close: cancel, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "castellan_server_gate_refusals_total",
 		Help: "Calls refused for want of an agent's certificate, by reason.",
 	}, []string{"reason"})}
@@ -63,6 +66,9 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 	}
 	return g, nil
 }
+
+// Close ends every stream that went through the gate, so that the server can stop.
+func (g *Gate) Close() { g.close(errClosing) }
 
 // Unary is the interceptor for unary calls.
 func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
@@ -86,15 +92,24 @@ func (g *Gate) Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServer
 	}
 	ctx, cancel := context.WithDeadlineCause(stream.Context(), cs.PeerCertificates[0].NotAfter, errExpired)
 	defer cancel()
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	defer context.AfterFunc(g.closing, func() { end(errClosing) })()
 	err = next(srv, boundStream{ServerStream: stream, ctx: ctx})
-	if errors.Is(context.Cause(ctx), errExpired) {
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errExpired):
 		g.refusals.WithLabelValues("expired").Inc()
 		return status.Error(codes.Unauthenticated, "certificate expired")
+	case errors.Is(cause, errClosing):
+		return status.Error(codes.Unavailable, "server is stopping")
 	}
 	return err
 }
 
-var errExpired = errors.New("the peer's certificate expired")
+var (
+	errExpired = errors.New("the peer's certificate expired")
+	errClosing = errors.New("the server is stopping")
+)
 
 // boundStream is a stream that ends earlier than its connection.
 type boundStream struct {
