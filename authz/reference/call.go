@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -27,7 +28,7 @@ type call struct {
 	peer           spiffeid.ID
 	source, remote netip.Addr
 	destination    netip.Addr
-	port           uint16
+	port           string
 	sni            string
 	request        *authz.Request
 	token          *Token
@@ -39,7 +40,7 @@ func newCall(p authz.Peer, remote netip.Addr) *call {
 	}
 	return &call{
 		peer: p.ID, source: plain(p.SourceIP), remote: plain(remote), destination: plain(p.DestinationIP),
-		port: p.DestinationPort, sni: p.SNI,
+		port: strconv.Itoa(int(p.DestinationPort)), sni: p.SNI,
 	}
 }
 

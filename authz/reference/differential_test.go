@@ -2,6 +2,7 @@ package reference_test
 
 import (
 	"encoding/json"
+	"math/rand/v2"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -14,11 +15,22 @@ import (
 // TestEngineEqualsReference draws policies and requests; every answer of the
 // engine must be the reference's. Each draw asks a few dozen questions, so that
 // a plain run compares some thousands.
-func TestEngineEqualsReference(t *testing.T) { rapid.Check(t, compare) }
+func TestEngineEqualsReference(t *testing.T) {
+	for range 5 {
+		rapid.Check(t, compare)
+	}
+}
 
 // FuzzDecide is the same under Go's fuzzer, which looks for answers that reach
 // code the seeds do not.
 func FuzzDecide(f *testing.F) {
+	// The generator reads its choices from the input, some thousands of words of
+	// it; shorter inputs than these say too little.
+	for seed := range uint64(16) {
+		choices := make([]byte, 1<<15)
+		rand.NewChaCha8([32]byte{byte(seed)}).Read(choices)
+		f.Add(choices)
+	}
 	f.Fuzz(rapid.MakeFuzz(compare))
 }
 
@@ -31,32 +43,52 @@ type answer struct {
 func compare(t *rapid.T) {
 	cfg := drawConfig(t)
 	snapshot, _ := authz.Compile(cfg)
-	enforced := newReference(t, cfg)
-	pastCustom := newReference(t, without(cfg, func(d policy.Document) bool { return d.Authorization.Action == policy.ActionCustom }))
-	shadow := newReference(t, tried(cfg))
+	q := questions{
+		T: t, cfg: cfg,
+		enforced:   newReference(t, cfg),
+		pastCustom: newReference(t, without(cfg, func(d policy.Document) bool { return d.Authorization.Action == policy.ActionCustom })),
+		shadow:     newReference(t, tried(cfg)),
+	}
 	for range 3 {
 		peer := drawPeer(t)
 		connection := snapshot.Connect(peer)
-
-		got := connection.AuthorizeTCP()
-		same(t, "TCP", cfg, peer, nil, nil, answer{got.Allowed, got.Action}, tcpAnswer(t, enforced, peer))
-		if got.Shadow != nil {
-			same(t, "TCP shadow", cfg, peer, nil, nil, answer{got.Shadow.Allowed, got.Shadow.Action}, tcpAnswer(t, shadow, peer))
-		}
-		past := connection.AuthorizeTCPPastCustom()
-		same(t, "TCP past CUSTOM", cfg, peer, nil, nil, answer{past.Allowed, past.Action}, tcpAnswer(t, pastCustom, peer))
-
+		q.tcp(connection, peer)
 		for range 5 {
 			request, token := drawRequest(t)
-			got := connection.Authorize(request)
-			same(t, "HTTP", cfg, peer, request, token, answer{got.Allowed, got.Action}, httpAnswer(t, enforced, peer, request, token))
-			if got.Shadow != nil {
-				same(t, "HTTP shadow", cfg, peer, request, token, answer{got.Shadow.Allowed, got.Shadow.Action}, httpAnswer(t, shadow, peer, request, token))
-			}
-			past := connection.AuthorizePastCustom(request)
-			same(t, "HTTP past CUSTOM", cfg, peer, request, token, answer{past.Allowed, past.Action}, httpAnswer(t, pastCustom, peer, request, token))
+			q.http(connection, peer, request, token)
 		}
 	}
+	for range 3 {
+		peer, request := drawFromCrowd(t)
+		q.http(snapshot.Connect(peer), peer, request, nil)
+	}
+}
+
+// questions asks both.
+type questions struct {
+	*rapid.T
+	cfg                          authz.Config
+	enforced, pastCustom, shadow *reference.Enforcer
+}
+
+func (q *questions) tcp(c *authz.Connection, p authz.Peer) {
+	got := c.AuthorizeTCP()
+	q.same("TCP", p, nil, nil, answer{got.Allowed, got.Action}, tcpAnswer(q.T, q.enforced, p))
+	if got.Shadow != nil {
+		q.same("TCP shadow", p, nil, nil, answer{got.Shadow.Allowed, got.Shadow.Action}, tcpAnswer(q.T, q.shadow, p))
+	}
+	past := c.AuthorizeTCPPastCustom()
+	q.same("TCP past CUSTOM", p, nil, nil, answer{past.Allowed, past.Action}, tcpAnswer(q.T, q.pastCustom, p))
+}
+
+func (q *questions) http(c *authz.Connection, p authz.Peer, r *authz.Request, token *reference.Token) {
+	got := c.Authorize(r)
+	q.same("HTTP", p, r, token, answer{got.Allowed, got.Action}, httpAnswer(q.T, q.enforced, p, r, token))
+	if got.Shadow != nil {
+		q.same("HTTP shadow", p, r, token, answer{got.Shadow.Allowed, got.Shadow.Action}, httpAnswer(q.T, q.shadow, p, r, token))
+	}
+	past := c.AuthorizePastCustom(r)
+	q.same("HTTP past CUSTOM", p, r, token, answer{past.Allowed, past.Action}, httpAnswer(q.T, q.pastCustom, p, r, token))
 }
 
 func newReference(t *rapid.T, cfg authz.Config) *reference.Enforcer {
@@ -107,10 +139,10 @@ func tcpAnswer(t *rapid.T, e *reference.Enforcer, p authz.Peer) answer {
 	return answer{allowed, action}
 }
 
-func same(t *rapid.T, what string, cfg authz.Config, p authz.Peer, r *authz.Request, token *reference.Token, got, want answer) {
+func (q *questions) same(what string, p authz.Peer, r *authz.Request, token *reference.Token, got, want answer) {
 	if got == want {
 		return
 	}
-	documents, _ := json.MarshalIndent(cfg.Documents, "", " ")
-	t.Fatalf("%s: engine %+v, reference %+v\npeer %+v\nrequest %+v\ntoken %+v\nmesh %+v\n%s", what, got, want, p, r, token, cfg.Mesh, documents)
+	documents, _ := json.MarshalIndent(q.cfg.Documents, "", " ")
+	q.Fatalf("%s: engine %+v, reference %+v\npeer %+v\nrequest %+v\ntoken %+v\nmesh %+v\n%s", what, got, want, p, r, token, q.cfg.Mesh, documents)
 }

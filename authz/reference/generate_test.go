@@ -1,8 +1,11 @@
 package reference_test
 
 import (
+	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,12 +27,12 @@ var (
 	methodWords    = []string{"GET", "POST", "DELETE", "get"}
 	pathWords      = []string{
 		"/", "/a", "/A", "/a/", "/a/b", "/a//b", "/a/b/c", "/a/b/c/d", "/store/cart", "/store//cart", "/store/x/cart",
-		"/store/x/y/cart", "/admin", "/x/admin*", "/foo/x/bar/", "/foo/x/bar/y", "/foo//bar/x", "/a/\n", "/a/b%20c",
+		"/store/x/y/cart", "/admin", "/x/admin*", "/foo/x/bar/", "/foo/x/bar/y", "/foo//bar/x", "/a/\n", "/a/b%20c", "/a/b%20c/d",
 	}
 	templateWords = []string{
 		"/{*}", "/a/{*}", "/a/{**}", "/{**}", "/{*}/b/{**}", "/store/{**}/cart", "/foo/{*}/bar/{**}", "/a/{*}/c", "/a/{*}/", "/{**}/",
 		// not representable
-		"/a{b", "{*}", "/{**}/x/{*}", "/a/{*}.txt", "/a/{*}/é", "/a/{x}", "/*/{*}", "/a/{*}/b*",
+		"/a/b%20c/{*}", "/a/b c/{*}", "/a/%2/{*}", "/a{b", "{*}", "/{**}/x/{*}", "/a/{*}.txt", "/a/{*}/é", "/a/{x}", "/*/{*}", "/a/{*}/b*",
 	}
 	addressWords = []string{"10.0.0.1", "10.0.1.2", "10.255.255.255", "11.0.0.0", "192.168.0.1", "2001:db8::1", "::ffff:10.0.0.1", "fe80::1%eth0"}
 	blockWords   = []string{
@@ -330,6 +333,9 @@ func drawConfig(t *rapid.T) authz.Config {
 		TrustDomainAliases: pick(t, "aliases", [][]string{nil, {"td2"}, {"old-td", "td2"}, {"cluster.local"}}),
 		ExtensionProviders: []policy.ExtensionProvider{{Name: "one"}, {Name: "two"}},
 	}}
+	if chance(t, "deny all", 40) {
+		cfg.DenyAll = "no policy could be read"
+	}
 	account, err := identity.NewAccount("shop", "orders")
 	if err != nil {
 		t.Fatal(err)
@@ -339,9 +345,76 @@ func drawConfig(t *rapid.T) authz.Config {
 		Labels: map[string]string{"app": "orders", "version": "v1"},
 	}
 	for i := range rapid.IntRange(0, 5).Draw(t, "documents") {
-		cfg.Documents = append(cfg.Documents, drawDocument(t, "p"+string(rune('0'+i))))
+		cfg.Documents = append(cfg.Documents, drawDocument(t, "p"+strconv.Itoa(i)))
+	}
+	if chance(t, "crowd", 5) {
+		cfg.Documents = append(cfg.Documents, drawCrowd(t))
 	}
 	return cfg
+}
+
+// crowd is how many of each numbered word there are.
+const crowd = 24
+
+func numbered(t *rapid.T, format string) string {
+	return fmt.Sprintf(format, rapid.IntRange(0, crowd-1).Draw(t, "number"))
+}
+
+// drawCrowd draws a policy of many rules that differ in a number, as a long list
+// of grown policies does: what an index is for.
+func drawCrowd(t *rapid.T) policy.Document {
+	p := &policy.AuthorizationPolicy{Action: pick(t, "crowd action", []string{"ALLOW", "ALLOW", "DENY"})}
+	for range rapid.IntRange(crowd, 3*crowd).Draw(t, "crowd rules") {
+		var s policy.Source
+		var o policy.Operation
+		var r policy.Rule
+		switch rapid.IntRange(0, 5).Draw(t, "crowd source") {
+		case 0:
+			s.Principals = []string{numbered(t, pick(t, "form", []string{"td1/ns/shop/sa/app-%d", "*/sa/app-%d", "cluster.local/ns/dev/sa/app-%d", "td1/ns/shop/sa/app-%d*"}))}
+		case 1:
+			s.ServiceAccounts = []string{numbered(t, pick(t, "form", []string{"dev/app-%d", "app-%d"}))}
+		case 2:
+			s.IPBlocks = []string{numbered(t, pick(t, "form", []string{"10.0.%d.0/24", "10.0.%d.7", "10.%d.0.0/16"}))}
+		case 3:
+			s.NotNamespaces = []string{pick(t, "ns", namespaceWords)}
+		}
+		switch rapid.IntRange(0, 5).Draw(t, "crowd operation") {
+		case 0:
+			o.Paths = []string{numbered(t, pick(t, "form", []string{"/item-%d", "/item-%d*", "*-%d", "/item-%d/{*}", "/{**}/item-%d"}))}
+		case 1:
+			o.Hosts = []string{numbered(t, pick(t, "form", []string{"svc-%d", "svc-%d*", "*.svc-%d", "SVC-%d"}))}
+		case 2:
+			o.Methods, o.NotPaths = []string{"GET"}, []string{numbered(t, "/item-%d")}
+		case 3:
+			r.When = []policy.Condition{{Key: "request.headers[x-item]", Values: []string{numbered(t, "%d")}, NotValues: []string{numbered(t, "%d")}}}
+		}
+		if !reflect.ValueOf(s).IsZero() {
+			r.From = []policy.From{{Source: &s}}
+		}
+		if !reflect.ValueOf(o).IsZero() {
+			r.To = []policy.To{{Operation: &o}}
+		}
+		if len(r.From)+len(r.To)+len(r.When) == 0 {
+			r.To = []policy.To{{Operation: &policy.Operation{Ports: []string{"9090"}}}}
+		}
+		p.Rules = append(p.Rules, r)
+	}
+	return policy.Document{Kind: policy.KindAuthorization, Authorization: p, Metadata: policy.Metadata{Name: "crowd", Namespace: "shop"}}
+}
+
+// drawFromCrowd draws a peer and a request out of the numbered words.
+func drawFromCrowd(t *rapid.T) (authz.Peer, *authz.Request) {
+	td := spiffeid.RequireTrustDomainFromString(pick(t, "td", []string{"td1", "td2"}))
+	peer := authz.Peer{
+		ID:              spiffeid.RequireFromPath(td, "/ns/"+pick(t, "ns", []string{"shop", "dev"})+numbered(t, "/sa/app-%d")),
+		SourceIP:        netip.MustParseAddr(numbered(t, "10.0.%d.7")),
+		DestinationPort: 8080,
+	}
+	return peer, &authz.Request{
+		Method: pick(t, "method", methodWords), Host: numbered(t, pick(t, "form", []string{"svc-%d", "a.svc-%d"})),
+		Path:   numbered(t, pick(t, "form", []string{"/item-%d", "/item-%d/x", "/a/item-%d"})),
+		Header: headers{"x-item": {numbered(t, "%d")}},
+	}
 }
 
 func drawAddress(t *rapid.T, name string) netip.Addr {
@@ -408,7 +481,8 @@ func drawToken(t *rapid.T) *reference.Token {
 	set("scope", []any{"read", "read write", " read  write ", []any{"read write", "write"}, nil})
 	set("permission", []any{"read write", nil})
 	set("roles", []any{"read write", []any{"finance"}, nil})
-	set("groups", []any{"finance", []any{"finance", "shop", 7.0, true}, []any{[]any{"finance"}}, nil, 7.0})
+	many := []any{"a", "b", "c", "d", "e", "f", "g", "finance"}
+	set("groups", []any{many, "finance", []any{"finance", "shop", 7.0, true}, []any{[]any{"finance"}}, nil, 7.0})
 	set("team", []any{"shop", "", nil})
 	set("level", []any{7.0, true, "7"})
 	set("a", []any{map[string]any{"b": "shop"}, map[string]any{"b": map[string]any{"c": []any{"read"}}}, "shop", nil, map[string]any{"scope": "read write"}})

@@ -45,11 +45,14 @@ func lines(cfg authz.Config) [][]string {
 			deny = append(deny, documentLines(i, doc, policy.ActionDeny, "deny")...)
 		}
 	}
-	all := slices.Concat(custom, deny, allow)
-	if !defaultDeny {
-		all = append(all, line("allow", "", "", "no ALLOW policy", "no", "", policy.Source{}, policy.Operation{}, nil))
+	// One line stands last and matches everything. Where there are ALLOW policies
+	// it denies, as the effect would by itself: but casbin asked about no lines at
+	// all tries its matcher on an empty one, and allows.
+	last := line("allow", "", "", "no ALLOW policy", "no", "", policy.Source{}, policy.Operation{}, nil)
+	if defaultDeny {
+		last = line("deny", "", "", "no ALLOW rule", "no", "", policy.Source{}, policy.Operation{}, nil)
 	}
-	return all
+	return append(slices.Concat(custom, deny, allow), last)
 }
 
 // selects is rules 1 and 2.

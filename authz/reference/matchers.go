@@ -221,10 +221,12 @@ func ipBlock(ip netip.Addr, values []string) (bool, error) {
 	}), nil
 }
 
-func port(p uint16, values []string) (bool, error) {
+// port is rule 9. It comes as text, since casbin's expressions make every number
+// a floating one.
+func port(p string, values []string) (bool, error) {
 	return slices.ContainsFunc(values, func(v string) bool {
 		n, err := strconv.Atoi(v)
-		return err == nil && n == int(p)
+		return err == nil && strconv.Itoa(n) == p
 	}), nil
 }
 

@@ -46,10 +46,8 @@ func New(cfg authz.Config) (*Enforcer, error) {
 			return nil, fmt.Errorf("reference: trust domain %q: %w", td, err)
 		}
 	}
-	if rows := lines(cfg); len(rows) > 0 {
-		if _, err := e.AddPolicies(rows); err != nil {
-			return nil, fmt.Errorf("reference: policy: %w", err)
-		}
+	if added, err := e.AddPolicies(lines(cfg)); err != nil || !added {
+		return nil, fmt.Errorf("reference: policy not taken by casbin: %w", err)
 	}
 	functions := &matchers{domains: func() ([]string, error) { return e.GetUsersForRole(mesh) }}
 	for name, f := range functions.byName() {
