@@ -5,42 +5,151 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"castellan.dev/ca/internal/disk"
+)
+
+const (
+	dirName  = "ca"
+	lockName = "lock"
 )
 
 // Authority holds the trust domain's signing keys and renews what is under the
 // root. It is safe for concurrent use.
-type Authority struct{}
+type Authority struct {
+	cfg      Config
+	dir      string
+	lock     *disk.Lock
+	store    diskStore
+	upstream *local
+	// direct says that the plugged-in CA signs leaves itself.
+	direct  bool
+	metrics *metrics
+
+	state  atomic.Pointer[state]
+	issuer *Issuer
+	jwt    *JWTIssuer
+
+	mu      sync.Mutex // guards what follows, and renewal
+	bundles *bundleState
+	changed chan struct{}
+	warned  time.Time
+}
+
+// state is what signs and serves now; replaced whole, never changed.
+type state struct {
+	svid *issuing
+	// serving is nil where no certificate can be served.
+	serving     *issuing
+	servingCert *tls.Certificate
+	bundle      *Bundle
+}
 
 // Open loads or creates everything under cfg.DataDir. It refuses what the
 // package doc says, with an error that says what to do. Close releases the lock.
-func Open(ctx context.Context, cfg Config) (*Authority, error) {
-	return nil, errors.New("ca: not yet")
+func Open(ctx context.Context, cfg Config) (_ *Authority, err error) {
+	cfg, err = cfg.checked()
+	if err != nil {
+		return nil, fmt.Errorf("ca: configuration: %w", err)
+	}
+	dir := filepath.Join(cfg.DataDir, dirName)
+	a := &Authority{cfg: cfg, dir: dir, store: diskStore{dir}, changed: make(chan struct{})}
+	if a.metrics, err = newMetrics(cfg.Registerer); err != nil {
+		return nil, fmt.Errorf("ca: %w", err)
+	}
+	if err := disk.MakeDir(dir); err != nil {
+		return nil, fmt.Errorf("ca: %w", err)
+	}
+	if a.lock, err = disk.Acquire(filepath.Join(dir, lockName)); err != nil {
+		if errors.Is(err, disk.ErrLocked) {
+			return nil, fmt.Errorf("ca: %s is in use by another server; give each its own data directory", dir)
+		}
+		return nil, fmt.Errorf("ca: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			a.lock.Close()
+		}
+	}()
+	if err := a.load(ctx); err != nil {
+		return nil, fmt.Errorf("ca: %w", err)
+	}
+	return a, nil
 }
 
-// Run renews the issuers, the serving certificate and the JWT keys until ctx ends.
-func (a *Authority) Run(ctx context.Context) error { return nil }
+func (a *Authority) load(ctx context.Context) (err error) {
+	if err := disk.Sweep(a.dir); err != nil {
+		return err
+	}
+	if a.cfg.ChainDir != "" {
+		a.upstream, a.direct, err = openPlugged(a.cfg)
+	} else {
+		a.upstream, err = openSelfSigned(ctx, a.cfg, a.store)
+	}
+	if err != nil {
+		return err
+	}
+	if err := checkTime(a.upstream.cert, a.cfg.Now()); err != nil {
+		return err
+	}
+	if a.jwt, err = openJWT(a.cfg, a.dir, a.metrics); err != nil {
+		return err
+	}
+	if a.bundles, err = loadBundleState(a.dir, a.cfg.TrustDomain); err != nil {
+		return err
+	}
+	a.issuer = &Issuer{authority: a, lifetimes: a.cfg.lifetimes()}
+	a.warnUnconstrained()
+	if err := a.loadIssuers(ctx); err != nil {
+		return err
+	}
+	return a.renew(ctx)
+}
+
+func (a *Authority) warnUnconstrained() {
+	if a.cfg.ChainDir == "" || constrained(a.upstream.cert) {
+		return
+	}
+	a.metrics.unconstrained.Set(1)
+	a.cfg.Log.Warn("the plugged-in CA has no name constraints: whoever steals its key can mint any server's name",
+		"chainDir", a.cfg.ChainDir, "subject", a.upstream.cert.Subject.String(), "signsLeaves", a.direct)
+}
 
 // Close releases the directory's lock. The ledger stays its owner's.
-func (a *Authority) Close() error { return nil }
+func (a *Authority) Close() error { return a.lock.Close() }
 
 // Issuer signs X509-SVIDs.
-func (a *Authority) Issuer() *Issuer { return nil }
+func (a *Authority) Issuer() *Issuer { return a.issuer }
 
 // JWTIssuer signs JWT-SVIDs.
-func (a *Authority) JWTIssuer() *JWTIssuer { return nil }
+func (a *Authority) JWTIssuer() *JWTIssuer { return a.jwt }
 
 // Bundle returns what the trust domain is trusted by now.
-func (a *Authority) Bundle() *Bundle { return nil }
+func (a *Authority) Bundle() *Bundle { return a.state.Load().bundle }
 
 // Changed returns a channel that is closed at the next change of the bundle.
 // Take it before Bundle, so that no change is missed.
-func (a *Authority) Changed() <-chan struct{} { return nil }
+func (a *Authority) Changed() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.changed
+}
 
 // ServingCertificate returns the hook for the server's tls.Config; each
 // handshake gets the newest certificate.
 func (a *Authority) ServingCertificate() func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	return nil
+	return func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		cert := a.state.Load().servingCert
+		if cert == nil {
+			return nil, errors.New("ca: there is no serving certificate: no serving names are configured")
+		}
+		return cert, nil
+	}
 }
 
 // Role says what one of the authority's own certificates is for.
@@ -61,10 +170,31 @@ type Certificate struct {
 }
 
 // Certificates lists the authority's own certificates now in use.
-func (a *Authority) Certificates() []Certificate { return nil }
+func (a *Authority) Certificates() []Certificate {
+	s := a.state.Load()
+	var list []Certificate
+	for _, r := range s.bundle.Roots {
+		list = append(list, Certificate{RoleRoot, r})
+	}
+	list = append(list, Certificate{RoleSVIDIssuer, s.svid.cert})
+	if s.servingCert != nil {
+		list = append(list, Certificate{RoleServingIssuer, s.serving.cert}, Certificate{RoleServing, s.servingCert.Leaf})
+	}
+	return list
+}
 
 // LeafTTL returns the validity that a caller gets who asks for none.
-func (a *Authority) LeafTTL() time.Duration { return 0 }
+func (a *Authority) LeafTTL() time.Duration { return a.cfg.LeafTTL }
 
 // Ready returns nil when the authority can sign now, else why not.
-func (a *Authority) Ready() error { return nil }
+func (a *Authority) Ready() error {
+	s, now := a.state.Load(), a.cfg.Now()
+	if err := checkTime(a.upstream.cert, now); err != nil {
+		return fmt.Errorf("ca: %w", err)
+	}
+	if !s.svid.window.holds(now) {
+		return fmt.Errorf("ca: the SVID issuer is not valid at %s (%s to %s)", now.UTC().Format(time.RFC3339),
+			s.svid.window.notBefore.UTC().Format(time.RFC3339), s.svid.window.notAfter.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
