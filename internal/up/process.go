@@ -33,6 +33,8 @@ const (
 	maxBackoff = 5 * time.Second
 	// stopGrace is what children get between SIGTERM and SIGKILL.
 	stopGrace = 8 * time.Second
+	// maxDeaths is how often a part may end while it is waited for.
+	maxDeaths = 3
 	// maxLog is where a log file is moved aside at the next start.
 	maxLog = 64 << 20
 )
@@ -49,6 +51,8 @@ type supervisor struct {
 	pids map[string]int
 	urls map[string]string
 	last map[string]error
+	// deaths counts the ends of a part since it was last ready.
+	deaths map[string]int
 }
 
 type startRequest struct {
@@ -62,7 +66,7 @@ func newSupervisor(log *slog.Logger, logDir string) *supervisor {
 		start:     make(chan startRequest),
 		restarted: make(chan string, 64),
 		client:    &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil}},
-		pids:      map[string]int{}, urls: map[string]string{}, last: map[string]error{},
+		pids:      map[string]int{}, urls: map[string]string{}, last: map[string]error{}, deaths: map[string]int{},
 	}
 }
 
@@ -115,27 +119,39 @@ func (s *supervisor) PIDs() map[string]int {
 	return out
 }
 
-// WaitReady polls the part's readiness until it answers 200.
+// WaitReady polls the part's readiness until it answers 200. A part that keeps
+// dying is given up, with the last line it said.
 func (s *supervisor) WaitReady(ctx context.Context, name string) error {
-	s.mu.Lock()
-	url := s.urls[name]
-	s.mu.Unlock()
 	for {
+		s.mu.Lock()
+		url, last, deaths := s.urls[name], s.last[name], s.deaths[name]
+		s.mu.Unlock()
 		if s.probe(ctx, url) {
+			s.mu.Lock()
+			s.deaths[name] = 0
+			s.mu.Unlock()
 			return nil
+		}
+		if deaths >= maxDeaths {
+			return fmt.Errorf("up: %s does not stay up (%w): %s; see %s", name, last, lastLine(s.logFile(name)), s.logFile(name))
 		}
 		select {
 		case <-ctx.Done():
-			s.mu.Lock()
-			last := s.last[name]
-			s.mu.Unlock()
-			if last != nil {
-				return fmt.Errorf("up: %s does not stay up (%w); see %s", name, last, s.logFile(name))
-			}
-			return fmt.Errorf("up: %s is not ready; see %s and %s", name, s.logFile(name), url)
+			return fmt.Errorf("up: %s is not ready; see %s and %s?verbose", name, s.logFile(name), url)
 		case <-time.After(25 * time.Millisecond):
 		}
 	}
+}
+
+// lastLine returns the last line of a log, shortened.
+func lastLine(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	text := strings.TrimSpace(string(data))
+	line := text[strings.LastIndexByte(text, '\n')+1:]
+	return line[:min(len(line), 500)]
 }
 
 func (s *supervisor) probe(ctx context.Context, url string) bool {
@@ -242,6 +258,7 @@ func (c *child) wait(cmd *exec.Cmd) bool {
 		}
 		c.sup.mu.Lock()
 		c.sup.last[c.process.name] = err
+		c.sup.deaths[c.process.name]++
 		c.sup.mu.Unlock()
 		c.sup.log.Warn("part ended", "part", c.process.name, "cause", err)
 		return false
