@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -129,21 +128,21 @@ func (p *Proxy) applySecrets(changed []xds.Resource, _ []string) error {
 	var errs []error
 	var apply []func(*inputs)
 	for _, r := range changed {
-		var secret tlsv3.Secret
-		if err := unpack(r, &secret); err != nil {
-			errs = append(errs, err)
+		secret, err := parseSecret(r.Body.GetValue())
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
 			continue
 		}
 		switch r.Name {
 		case secretSVID:
-			cert, id, err := parseSVID(&secret, p.now())
+			cert, id, err := parseSVID(secret, p.now())
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
 				continue
 			}
 			apply = append(apply, func(in *inputs) { in.svid, in.id = cert, id })
 		case secretRoots:
-			roots, err := parseRoots(&secret)
+			roots, err := parseRoots(secret)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
 				continue

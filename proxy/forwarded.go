@@ -4,7 +4,6 @@ import (
 	"net/netip"
 	"strings"
 
-	"castellan.dev/authz"
 	"castellan.dev/internal/tlsconf"
 	"castellan.dev/proxy/engine"
 )
@@ -14,15 +13,6 @@ import (
 // a character that the format would want quoted.
 func forwardedClientCert(own string, peer tlsconf.Peer) string {
 	return "By=" + own + ";Hash=" + peer.LeafSHA256 + ";URI=" + peer.ID.String()
-}
-
-// normalize brings the path into the form that is judged and forwarded (authz
-// 24). "*", which only OPTIONS has, is no path.
-func normalize(option, path string) (string, error) {
-	if path == "*" {
-		return path, nil
-	}
-	return authz.NormalizePath(option, path)
 }
 
 // maxForwarded bounds the addresses of X-Forwarded-For that are looked at.

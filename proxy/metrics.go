@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"castellan.dev/internal/judge"
 )
 
 // direction is which side of the application a connection is on.
@@ -66,13 +68,8 @@ func (s *statusCounters) inc(status int) {
 	(*c).Inc()
 }
 
-// Reasons in castellan_proxy_denied_total.
-const (
-	deniedNoPolicy = "no_policy"
-	deniedPolicy   = "policy"
-	deniedToken    = "token"
-	deniedPath     = "path"
-)
+// deniedNoPolicy is counted in castellan_proxy_denied_total beside the kinds of package judge.
+const deniedNoPolicy = "no_policy"
 
 func newMetrics(reg prometheus.Registerer) *metrics {
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -115,7 +112,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	reg.MustRegister(requests, duration, bytes, open, conns, handshake, m.denied, m.refused, m.closed, m.connects, m.updates)
 	m.deniedBy = map[string]prometheus.Counter{}
-	for _, r := range []string{deniedNoPolicy, deniedPolicy, deniedToken, deniedPath} {
+	for _, r := range []string{deniedNoPolicy, judge.KindPolicy, judge.KindToken, judge.KindPath} {
 		m.deniedBy[r] = m.denied.WithLabelValues(r)
 	}
 	for side := range sides {

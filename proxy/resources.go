@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
@@ -32,12 +31,11 @@ const (
 
 // parseSVID reads the secret that holds our certificate and key. What would
 // not be accepted by peers is refused here, where the last good one stays.
-func parseSVID(secret *tlsv3.Secret, now time.Time) (*tls.Certificate, spiffeid.ID, error) {
-	c := secret.GetTlsCertificate()
-	if c == nil {
+func parseSVID(s secret, now time.Time) (*tls.Certificate, spiffeid.ID, error) {
+	if len(s.chain) == 0 {
 		return nil, spiffeid.ID{}, errors.New("secret holds no certificate")
 	}
-	cert, err := tls.X509KeyPair(c.GetCertificateChain().GetInlineBytes(), c.GetPrivateKey().GetInlineBytes())
+	cert, err := tls.X509KeyPair(s.chain, s.key)
 	if err != nil {
 		// The error of X509KeyPair names blocks and mismatches, never key bytes.
 		return nil, spiffeid.ID{}, fmt.Errorf("certificate and key: %w", err)
@@ -58,8 +56,8 @@ func parseSVID(secret *tlsv3.Secret, now time.Time) (*tls.Certificate, spiffeid.
 }
 
 // parseRoots reads the secret that holds the bundle's roots.
-func parseRoots(secret *tlsv3.Secret) ([]*x509.Certificate, error) {
-	rest := secret.GetValidationContext().GetTrustedCa().GetInlineBytes()
+func parseRoots(s secret) ([]*x509.Certificate, error) {
+	rest := s.roots
 	var roots []*x509.Certificate
 	for len(rest) > 0 {
 		var block *pem.Block

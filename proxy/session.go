@@ -10,7 +10,7 @@ import (
 	"sync/atomic"
 
 	"castellan.dev/authz"
-	"castellan.dev/internal/jws"
+	"castellan.dev/internal/judge"
 	"castellan.dev/proxy/accesslog"
 	"castellan.dev/proxy/engine"
 )
@@ -31,13 +31,14 @@ type inboundSession struct {
 	live   *live
 	source string
 	peer   string
-	xfcc   string
-	// judge is the policy in force when it was made, with what the connection
+	// xfcc is what we tell the application of the peer; empty for plaintext.
+	xfcc []string
+	// judged is the policy in force when it was made, with what the connection
 	// fixes evaluated.
-	judge atomic.Pointer[judge]
+	judged atomic.Pointer[judged]
 }
 
-type judge struct {
+type judged struct {
 	policy     *policyState
 	connection *authz.Connection
 }
@@ -46,17 +47,17 @@ func newInboundSession(in *inbound, l *live, source netip.AddrPort) *inboundSess
 	s := &inboundSession{in: in, live: l, source: source.String()}
 	if len(l.chain) > 0 {
 		s.peer = l.peer.ID.String()
-		s.xfcc = forwardedClientCert(in.p.store.load().id.String(), l.peer)
+		s.xfcc = []string{forwardedClientCert(in.p.store.load().id.String(), l.peer)}
 	}
 	return s
 }
 
 // judgeNow returns the judge under pol, made anew when the policy changed.
 func (s *inboundSession) judgeNow(pol *policyState) *authz.Connection {
-	j := s.judge.Load()
+	j := s.judged.Load()
 	if j == nil || j.policy != pol {
-		j = &judge{policy: pol, connection: pol.snapshot.Connect(s.live.subject)}
-		s.judge.Store(j)
+		j = &judged{policy: pol, connection: pol.snapshot.Connect(s.live.subject)}
+		s.judged.Store(j)
 	}
 	return j.connection
 }
@@ -64,19 +65,18 @@ func (s *inboundSession) judgeNow(pol *policyState) *authz.Connection {
 // exchange is one request under judgement. They are pooled: what is in one is
 // valid from Begin to End.
 type exchange struct {
-	request  *engine.Request
-	asked    authz.Request
-	decision authz.Decision
+	request *engine.Request
+	verdict judge.Case
+	// xfcc is what the application will see of that header, so policy does too.
+	xfcc     []string
 	reason   string
-	user     string
 	remove   []string
 	set      []engine.Field
 	endpoint *endpoint
 	port     *servicePort
-	err      error
 }
 
-// pooled exchanges keep their slices.
+// exchanges are pooled and keep their slices.
 type exchanges struct{ pool sync.Pool }
 
 func (e *exchanges) get(r *engine.Request) *exchange {
@@ -85,24 +85,26 @@ func (e *exchanges) get(r *engine.Request) *exchange {
 		x = &exchange{}
 	}
 	x.request = r
+	x.verdict.Decision.Rule = -1
 	return x
 }
 
 func (e *exchanges) put(x *exchange) {
+	x.verdict.Reset()
 	clear(x.remove)
 	clear(x.set)
-	*x = exchange{remove: x.remove[:0], set: x.set[:0]}
+	x.request, x.xfcc, x.reason, x.endpoint, x.port = nil, nil, "", nil, nil
+	x.remove, x.set = x.remove[:0], x.set[:0]
 	e.pool.Put(x)
 }
 
-// Values, RawQuery and Method are what request authentication reads.
-func (x *exchange) Values(name string) []string { return x.request.Values(name) }
-
-// RawQuery is the query as received.
-func (x *exchange) RawQuery() string { return x.request.RawQuery }
-
-// Method is the request's method.
-func (x *exchange) Method() string { return x.request.Method }
+// Values gives header values as they are judged.
+func (x *exchange) Values(name string) []string {
+	if name == headerXFCC {
+		return x.xfcc
+	}
+	return x.request.Values(name)
+}
 
 // Begin judges one request: path, token, policy; and sets what the application
 // may rely on. Every refusal is constant text; the reason goes to the log.
@@ -110,105 +112,55 @@ func (s *inboundSession) Begin(r *engine.Request) engine.Verdict {
 	p := s.in.p
 	x := p.exchanges.get(r)
 	r.Aux = x
-	pol := p.store.load().policy
+	st := p.store.load()
+	pol := st.policy
 	if pol == nil {
 		// Fails closed: without a policy nothing is allowed (trust rule 8).
-		return s.refuse(x, 403, bodyForbidden, deniedNoPolicy, authz.ReasonNoSnapshot)
+		return p.refuseRequest(x, 403, deniedNoPolicy, authz.ReasonNoSnapshot)
 	}
 	if pol.broken != "" {
-		return s.refuse(x, 403, bodyForbidden, deniedNoPolicy, "policy cannot be enforced, all is denied: "+pol.broken)
+		return p.refuseRequest(x, 403, deniedNoPolicy, "policy cannot be enforced, all is denied: "+pol.broken)
 	}
-	path, err := normalize(pol.mesh.PathNormalization, r.Path)
-	if err != nil {
-		x.err = err
-		return s.refuse(x, 400, bodyBadRequest, deniedPath, "path cannot be normalised")
+	x.xfcc = s.xfcc
+	c := &x.verdict
+	c.Judge(judge.Request{
+		Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: x,
+		RemoteIP: remoteIP(r, pol.mesh.NumTrustedProxies),
+	}, pol.mesh.PathNormalization, pol.tokens, s.judgeNow(pol))
+	if c.Status != 200 {
+		return p.refuseRequest(x, c.Status, c.Kind, c.Reason)
 	}
-	v := engine.Verdict{Upstream: s.upstream(r)}
-	if path != r.Path {
-		v.Path = path
+	x.remove = append(append(x.remove, headerXFCC), c.Remove...)
+	for _, h := range c.Set {
+		x.set = append(x.set, engine.Field(h))
 	}
-	x.asked = authz.Request{Method: r.Method, Host: r.Host, Path: path, Header: r, RemoteIP: remoteIP(r, pol.mesh.NumTrustedProxies)}
-	x.remove = append(x.remove, headerXFCC)
-	if code := s.authenticate(x, pol, &v); code != 0 {
-		return s.refuseToken(x, code)
+	for _, value := range s.xfcc {
+		x.set = append(x.set, engine.Field{Name: headerXFCC, Value: value})
 	}
-	x.decision = s.judgeNow(pol).Authorize(&x.asked)
-	if !x.decision.Allowed {
-		return s.refuse(x, 403, bodyForbidden, deniedPolicy, x.decision.Reason)
+	v := engine.Verdict{Upstream: s.upstream(r, st), Remove: x.remove, Set: x.set, Query: c.Query, SetQuery: c.SetQuery}
+	if c.Path != r.Path {
+		v.Path = c.Path
 	}
-	if s.xfcc != "" {
-		x.set = append(x.set, engine.Field{Name: headerXFCC, Value: s.xfcc})
-	}
-	v.Remove, v.Set = x.remove, x.set
 	return v
 }
 
-// authenticate verifies end-user tokens and says what of them is forwarded.
-func (s *inboundSession) authenticate(x *exchange, pol *policyState, v *engine.Verdict) int {
-	if pol.tokens == nil {
-		return 0
-	}
-	res := pol.tokens.Authenticate(x)
-	if res.Code != 0 {
-		x.reason = res.Reason
-		return res.Code
-	}
-	x.remove = append(x.remove, res.RemoveHeaders...)
-	x.remove = append(x.remove, res.StripHeaders...)
-	for _, h := range res.SetHeaders {
-		x.set = append(x.set, engine.Field{Name: h.Name, Value: h.Value})
-	}
-	if len(res.StripParams) > 0 {
-		v.Query, v.SetQuery = jws.StripQuery(x.request.RawQuery, res.StripParams), true
-	}
-	if len(res.StripCookies) > 0 {
-		x.stripCookies(res.StripCookies)
-	}
-	if res.Verified != nil {
-		x.asked.Claims, _ = res.Verified.Memo(claimsOf).(*authz.Claims)
-	}
-	return 0
-}
-
-// stripCookies replaces the Cookie fields by what is left without the named ones.
-func (x *exchange) stripCookies(names []string) {
-	kept := make([]string, 0, 1)
-	for _, value := range x.request.Values("cookie") {
-		if rest := jws.StripCookie(value, names); rest != "" {
-			kept = append(kept, rest)
-		}
-	}
-	if len(kept) == 0 {
-		x.remove = append(x.remove, "cookie")
-		return
-	}
-	x.set = append(x.set, engine.Field{Name: "cookie", Value: strings.Join(kept, "; ")})
-}
-
-// claimsOf is computed once per token and kept with it.
-func claimsOf(v *jws.Verified) any {
-	return authz.NewClaims(v.Token.Claims, v.Token.Issuer, v.SpaceDelimited)
-}
-
-func (s *inboundSession) refuse(x *exchange, status int, body, kind, reason string) engine.Verdict {
+// refuseRequest answers with constant text.
+func (p *Proxy) refuseRequest(x *exchange, status int, kind, reason string) engine.Verdict {
 	x.reason = reason
-	s.in.p.metrics.deniedBy[kind].Inc()
-	return engine.Verdict{Status: status, Body: body}
-}
-
-func (s *inboundSession) refuseToken(x *exchange, code int) engine.Verdict {
-	if code == 401 {
-		v := s.refuse(x, 401, bodyUnauthorized, deniedToken, x.reason)
-		v.Header = s.in.p.challenge
-		return v
+	p.metrics.deniedBy[kind].Inc()
+	v := engine.Verdict{Status: status, Body: bodyForbidden}
+	switch status {
+	case 400:
+		v.Body = bodyBadRequest
+	case 401:
+		v.Body, v.Header = bodyUnauthorized, p.challenge
 	}
-	return s.refuse(x, code, bodyForbidden, deniedToken, x.reason)
+	return v
 }
 
 // upstream: a port declared HTTP/2 or gRPC is spoken to so; else the
 // application gets HTTP/1.1 but for what only HTTP/2 carries.
-func (s *inboundSession) upstream(r *engine.Request) engine.Upstream {
-	st := s.in.p.store.load()
+func (s *inboundSession) upstream(r *engine.Request, st *state) engine.Upstream {
 	declared := protocolOf(st.declared(s.in.port))
 	if declared == speaksHTTP2 && !r.WebSocket || r.Proto == engine.HTTP2 && (declared == undeclared || isGRPC(r)) {
 		return engine.Upstream{Key: s.in.h2, H2: true}
@@ -263,11 +215,12 @@ func (x *exchange) describe(e *accesslog.Entry) {
 	if x.reason != "" {
 		e.Reason = x.reason
 	}
-	if x.err != nil {
-		e.Error = x.err
+	d := &x.verdict.Decision
+	if x.verdict.Err != nil {
+		e.Error = x.verdict.Err
 	}
-	e.Policy, e.Rule = x.decision.Policy, x.decision.Rule
-	if sh := x.decision.Shadow; sh != nil && sh.Allowed != x.decision.Allowed {
+	e.Policy, e.Rule = d.Policy, d.Rule
+	if sh := d.Shadow; sh != nil && sh.Allowed != d.Allowed {
 		e.Shadow = "would be denied by " + sh.Policy
 		if sh.Allowed {
 			e.Shadow = "would be allowed by " + sh.Policy

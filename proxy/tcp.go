@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"castellan.dev/authz"
+	"castellan.dev/internal/judge"
 	"castellan.dev/proxy/accesslog"
 )
 
@@ -63,7 +64,7 @@ func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *acce
 	e.Policy, e.Rule = d.Policy, d.Rule
 	if !d.Allowed {
 		e.Reason = d.Reason
-		p.metrics.deniedBy[deniedPolicy].Inc()
+		p.metrics.deniedBy[judge.KindPolicy].Inc()
 		return
 	}
 	dialCtx, cancel := context.WithTimeout(ctx, p.connectTimeout())
