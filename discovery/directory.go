@@ -2,9 +2,41 @@ package discovery
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
 
 	"castellan.dev/api/policy"
+	"castellan.dev/authz"
+)
+
+const (
+	// debounce is how long after the last event a directory is read, debounceMost how
+	// long after the first.
+	debounce     = 50 * time.Millisecond
+	debounceMost = 250 * time.Millisecond
+	// pollEvery finds what no event tells: network and overlay file systems, links
+	// whose target is elsewhere.
+	pollEvery = 500 * time.Millisecond
+	// settle is how long a file must stay refused or empty, unchanged, before that
+	// counts: it may be half written.
+	settle = 350 * time.Millisecond
+	// gone is how long a file must be missing before that counts: editors move the
+	// old one away before they write the new.
+	gone = 150 * time.Millisecond
+	// racy is how long after its last change a file may change again without any
+	// other time stamp.
+	racy = 100 * time.Millisecond
 )
 
 // DirectoryConfig configures a Directory.
@@ -12,16 +44,327 @@ type DirectoryConfig struct {
 	Path string
 	Mesh policy.Mesh
 	Log  *slog.Logger
+	Now  func() time.Time
 }
 
-// Directory is a Source: a watched directory of YAML and JSON files.
-type Directory struct{}
+// Directory is a Source: a watched directory of YAML and JSON files. A change is
+// seen within a second; what looks half-written gets that long to be completed.
+type Directory struct {
+	cfg   DirectoryConfig
+	files map[string]*file // of Run's goroutine (and the constructor) alone
+	// failure is why the directory as a whole could not be read.
+	failure string
+
+	mu      sync.Mutex
+	docs    []FileDocument
+	changed chan struct{}
+}
+
+// file is what counts of one file, and what may take its place.
+type file struct {
+	stamp stamp
+	hash  [sha256.Size]byte
+	docs  []FileDocument
+	// reread: it was read so soon after its last change that its stamp proves nothing.
+	reread bool
+
+	// candidate has not counted yet, since...
+	candidate *stamp
+	since     time.Time
+}
+
+// stamp tells versions of a file apart without reading it.
+type stamp struct {
+	info    fs.FileInfo // nil: cannot be looked at
+	missing bool
+}
+
+func (s stamp) same(o stamp) bool {
+	if s.missing || o.missing || s.info == nil || o.info == nil {
+		return s.missing == o.missing && (s.info == nil) == (o.info == nil)
+	}
+	return os.SameFile(s.info, o.info) && s.info.Size() == o.info.Size() && s.info.ModTime().Equal(o.info.ModTime())
+}
 
 // NewDirectory reads the directory once; that it cannot be read is an error.
-func NewDirectory(cfg DirectoryConfig) (*Directory, error) { return &Directory{}, nil }
+func NewDirectory(cfg DirectoryConfig) (*Directory, error) {
+	if cfg.Path == "" {
+		return nil, errors.New("discovery: no policy directory named")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	d := &Directory{cfg: cfg, files: map[string]*file{}, changed: make(chan struct{})}
+	names, err := policyFiles(cfg.Path)
+	if err != nil {
+		return nil, fmt.Errorf("discovery: policy directory: %w", err)
+	}
+	for _, name := range names {
+		// What is there at the start counts as it is: there is nothing to keep instead.
+		d.files[name] = d.read(name, d.look(name))
+	}
+	d.docs = d.collect()
+	if n := len(d.docs); n > maxDocuments {
+		return nil, fmt.Errorf("discovery: %s holds %d documents, %d are allowed", cfg.Path, n, maxDocuments)
+	}
+	return d, nil
+}
 
-// Documents implements Source.
-func (d *Directory) Documents() ([]FileDocument, <-chan struct{}) { return nil, nil }
+// Documents implements Source. They are as Admit returns them.
+func (d *Directory) Documents() ([]FileDocument, <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.docs, d.changed
+}
 
 // Run follows the directory until ctx ends.
-func (d *Directory) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+func (d *Directory) Run(ctx context.Context) error {
+	w := &dirWatch{path: d.cfg.Path, log: d.cfg.Log}
+	defer w.close()
+	for {
+		events := w.events()
+		wait := d.scan()
+		timer := time.NewTimer(min(wait, pollEvery))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		case <-events:
+			quiet(ctx, events)
+		}
+		timer.Stop()
+	}
+}
+
+// quiet waits until no event has come for a while.
+func quiet(ctx context.Context, events <-chan fsnotify.Event) {
+	most := time.NewTimer(debounceMost)
+	defer most.Stop()
+	for {
+		still := time.NewTimer(debounce)
+		select {
+		case <-ctx.Done():
+		case <-still.C:
+		case <-most.C:
+		case _, ok := <-events:
+			still.Stop()
+			if ok {
+				continue
+			}
+		}
+		still.Stop()
+		return
+	}
+}
+
+// scan looks at every file, publishes what has changed, and returns when to look
+// again at the latest.
+func (d *Directory) scan() time.Duration {
+	names, err := policyFiles(d.cfg.Path)
+	if err != nil {
+		d.fail(err)
+		return pollEvery
+	}
+	changed := d.failure != ""
+	d.failure = ""
+	wait := pollEvery
+	for _, name := range d.union(names) {
+		c, again := d.update(name)
+		changed = changed || c
+		wait = min(wait, again)
+	}
+	if changed {
+		d.publish()
+	}
+	return wait
+}
+
+// union is the files that are there and those that were.
+func (d *Directory) union(names []string) []string {
+	all := slices.Concat(names, slices.Collect(maps.Keys(d.files)))
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// update looks at one file. again is when to look at the latest.
+func (d *Directory) update(name string) (changed bool, again time.Duration) {
+	now := d.cfg.Now()
+	s := d.look(name)
+	old := d.files[name]
+	if old == nil && s.missing {
+		return false, pollEvery
+	}
+	if old != nil && s.missing && old.stamp.missing {
+		delete(d.files, name) // it never counted
+		return false, pollEvery
+	}
+	if old != nil && s.same(old.stamp) && !old.reread {
+		old.candidate = nil
+		return false, pollEvery
+	}
+	if s.missing {
+		if !d.moved(old) && !old.waited(s, now, gone) {
+			return false, gone
+		}
+		delete(d.files, name)
+		return len(old.docs) > 0, pollEvery
+	}
+	next := d.read(name, s)
+	again = pollEvery
+	if next.reread {
+		again = racy
+	}
+	if old != nil && old.hash == next.hash {
+		old.stamp, old.reread, old.candidate = next.stamp, next.reread, nil
+		return false, again
+	}
+	if next.doubtful() {
+		if old == nil {
+			// Counts as absent until it has settled: it was not in force before either.
+			old = &file{stamp: stamp{missing: true}}
+			d.files[name] = old
+		}
+		if !old.waited(s, now, settle) {
+			return false, settle / 4
+		}
+	}
+	d.files[name] = next
+	return true, again
+}
+
+// waited notes that next would take f's place, and reports whether it has been
+// the same long enough.
+func (f *file) waited(next stamp, now time.Time, enough time.Duration) bool {
+	if f.candidate == nil || !f.candidate.same(next) {
+		f.candidate, f.since = &next, now
+		return false
+	}
+	return now.Sub(f.since) >= enough
+}
+
+// doubtful: refused in part, or empty.
+func (f *file) doubtful() bool {
+	return len(f.docs) == 0 || slices.ContainsFunc(f.docs, FileDocument.Refused)
+}
+
+// moved reports whether the file that f was read from has another name now.
+func (d *Directory) moved(f *file) bool {
+	if f.stamp.info == nil {
+		return false
+	}
+	names, err := policyFiles(d.cfg.Path)
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(names, func(name string) bool {
+		s := d.look(name)
+		return s.info != nil && os.SameFile(s.info, f.stamp.info)
+	})
+}
+
+func (d *Directory) look(name string) stamp {
+	path := filepath.Join(d.cfg.Path, name)
+	info, err := os.Stat(path)
+	if err == nil {
+		return stamp{info: info}
+	}
+	if _, lerr := os.Lstat(path); errors.Is(lerr, fs.ErrNotExist) {
+		return stamp{missing: true}
+	}
+	return stamp{} // there, but not to be looked at; or a link to nowhere
+}
+
+func (d *Directory) read(name string, s stamp) *file {
+	path := filepath.Join(d.cfg.Path, name)
+	f := &file{stamp: s}
+	data, err := readFile(path)
+	if err != nil {
+		f.hash = sha256.Sum256([]byte("unreadable: " + err.Error()))
+		f.docs = []FileDocument{unreadable(path, err)}
+		return f
+	}
+	f.hash = sha256.Sum256(data)
+	f.docs = Admit(parseFile(path, data), d.cfg.Mesh)
+	if s.info != nil {
+		age := d.cfg.Now().Sub(s.info.ModTime())
+		f.reread = age >= 0 && age < racy
+	}
+	return f
+}
+
+// collect puts the documents of all files together, and refuses what stands in
+// several.
+func (d *Directory) collect() []FileDocument {
+	docs := []FileDocument{}
+	for _, name := range slices.Sorted(maps.Keys(d.files)) {
+		docs = append(docs, d.files[name].docs...)
+	}
+	// Within a file duplicates have been found already; across files they have not.
+	docs = slices.Clone(docs)
+	refuseAcross(docs)
+	if d.failure != "" {
+		docs = append(docs, FileDocument{File: d.cfg.Path, notice: true, Findings: []authz.Finding{{
+			Severity: authz.SeverityError, Reason: d.failure}}})
+	}
+	return docs
+}
+
+func (d *Directory) publish() {
+	docs := d.collect()
+	if len(docs) > maxDocuments {
+		d.fail(fmt.Errorf("%d documents, %d are allowed", len(docs), maxDocuments))
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.docs = docs
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+// fail keeps everything that was read before: a directory that cannot be read says
+// nothing about what should be in force.
+func (d *Directory) fail(err error) {
+	failure := "directory cannot be read, everything read before stays in force: " + err.Error()
+	if d.failure == failure {
+		return
+	}
+	d.failure = failure
+	d.cfg.Log.Error("policy directory cannot be read, everything read before stays in force",
+		slog.String("path", d.cfg.Path), slog.Any("error", err))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.docs = append(slices.DeleteFunc(slices.Clone(d.docs), func(f FileDocument) bool { return f.notice }),
+		FileDocument{File: d.cfg.Path, notice: true, Findings: []authz.Finding{{Severity: authz.SeverityError, Reason: failure}}})
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+// refuseAcross is refuseDuplicates for documents that were each checked within
+// their own file already.
+func refuseAcross(docs []FileDocument) {
+	files := map[Ref]map[string]bool{}
+	for _, d := range docs {
+		if d.Ref.complete() {
+			if files[d.Ref] == nil {
+				files[d.Ref] = map[string]bool{}
+			}
+			files[d.Ref][d.File] = true
+		}
+	}
+	var across []FileDocument
+	var at []int
+	for i, d := range docs {
+		if len(files[d.Ref]) > 1 {
+			across, at = append(across, d), append(at, i)
+		}
+	}
+	refuseDuplicates(across)
+	for i, n := range at {
+		docs[n] = across[i]
+	}
+}

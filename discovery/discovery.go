@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"time"
 
-	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -61,22 +60,3 @@ type Config struct {
 	Registerer prometheus.Registerer
 	Now        func() time.Time
 }
-
-// Server publishes resources to agents. It implements
-// discoveryv3.AggregatedDiscoveryServiceServer (delta only),
-// castellanv1.NodeServer and castellanv1.DiscoveryAdminServer.
-type Server struct {
-	discoveryv3.UnimplementedAggregatedDiscoveryServiceServer
-	castellanv1.UnimplementedNodeServer
-	castellanv1.UnimplementedDiscoveryAdminServer
-	cfg Config
-}
-
-// New checks cfg and reads the last good documents; nothing is followed before Run.
-func New(cfg Config) (*Server, error) { return &Server{cfg: cfg}, nil }
-
-// Run follows the source, the workloads and the bundle until ctx ends.
-func (s *Server) Run(ctx context.Context) error { <-ctx.Done(); return nil }
-
-// Ready returns nil once a first state has been published.
-func (s *Server) Ready() error { return nil }
