@@ -4,6 +4,7 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // none is the id of no clause.
@@ -29,11 +30,12 @@ type node struct {
 
 // dimension leads from the value of one attribute to nodes.
 type dimension struct {
-	ref      ref
-	exact    map[string]*node
-	prefixes *radix[*node]
-	suffixes *radix[*node]
-	nets     []netGroup
+	ref       ref
+	exact     map[string]*node
+	prefixes  *radix[*node]
+	suffixes  *radix[*node]
+	templates *templateTree[*node]
+	nets      []netGroup
 }
 
 // netGroup holds the CIDRs of one length.
@@ -46,7 +48,7 @@ type netGroup struct {
 // key is one way to be found in a dimension.
 type key struct {
 	dim  int32
-	kind patternKind // patExact, patPrefix, patSuffix or patNet
+	kind patternKind // patExact, patPrefix, patSuffix, patTemplate or patNet
 	text string
 	net  netip.Prefix
 }
@@ -139,8 +141,10 @@ func keyOf(p *pattern) key {
 		return key{kind: patNet, net: p.net}
 	case patSubject:
 		return keyOfSubject(p)
-	case patTemplate, patGlob:
-		prefix, suffix := p.ends()
+	case patTemplate:
+		return key{kind: patTemplate, text: p.text}
+	case patGlob:
+		prefix, suffix := p.text[:strings.IndexByte(p.text, '*')], p.text[strings.LastIndexByte(p.text, '*')+1:]
 		if len(suffix) > len(prefix) {
 			return key{kind: patSuffix, text: suffix}
 		}
@@ -247,7 +251,7 @@ func (b *builder) crowd(a access) int32 {
 
 func (b *builder) dimension(dim int32, by map[int32][]uint32, used []int32) dimension {
 	d := dimension{ref: b.dims[dim]}
-	prefixes, suffixes := make(map[string]*node), make(map[string]*node)
+	prefixes, suffixes, templates := make(map[string]*node), make(map[string]*node), make(map[string]*node)
 	order := make([]int32, 0, len(by))
 	for k := range by {
 		order = append(order, k)
@@ -265,12 +269,15 @@ func (b *builder) dimension(dim int32, by map[int32][]uint32, used []int32) dime
 			prefixes[k.text] = child
 		case patSuffix:
 			suffixes[k.text] = child
+		case patTemplate:
+			templates[k.text] = child
 		case patNet:
 			d.addNet(k.net, child)
 		}
 	}
 	d.prefixes = newRadix(prefixes, false)
 	d.suffixes = newRadix(suffixes, true)
+	d.templates = newTemplateTree(templates)
 	return d
 }
 

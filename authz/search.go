@@ -96,6 +96,12 @@ func (d *dimension) searchText(q *query, v string, best uint32) uint32 {
 			best = n.search(q, best)
 		}
 	}
+	if d.templates != nil {
+		d.templates.visit(v, func(n *node) bool {
+			best = n.search(q, best)
+			return false
+		})
+	}
 	return best
 }
 

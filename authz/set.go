@@ -21,10 +21,9 @@ type set struct {
 	suffixed *radix[bool]
 	// patterns is what the set was made of, until the index is built.
 	patterns []pattern
-	// odd are templates and globs; oddPrefixed holds them by their literal
-	// beginning where there are many.
-	odd         []pattern
-	oddPrefixed *radix[[]pattern]
+	// odd are globs, and templates where there are few; templated holds many.
+	odd       []pattern
+	templated *templateTree[bool]
 
 	ranges []ipRange
 
@@ -90,23 +89,23 @@ func (s *set) index() {
 		s.suffixed = newRadix(members(s.suffixes), true)
 	}
 	if len(s.odd) > fewValues {
-		by := make(map[string][]pattern)
-		for _, p := range s.odd {
-			prefix, _ := p.ends()
-			by[prefix] = append(by[prefix], p)
-		}
-		s.oddPrefixed = newRadix(by, false)
+		s.indexTemplates()
 	}
 	s.ranges = mergeRanges(s.ranges)
 }
 
-// ends returns literal texts that whatever a template or glob takes begins and
-// ends with.
-func (p *pattern) ends() (prefix, suffix string) {
-	if p.kind == patTemplate {
-		return templateEnds(p.text)
+// indexTemplates moves the templates into a tree.
+func (s *set) indexTemplates() {
+	templates := make(map[string]bool)
+	var globs []pattern
+	for _, p := range s.odd {
+		if p.kind == patTemplate {
+			templates[p.text] = true
+		} else {
+			globs = append(globs, p)
+		}
 	}
-	return p.text[:strings.IndexByte(p.text, '*')], p.text[strings.LastIndexByte(p.text, '*')+1:]
+	s.odd, s.templated = globs, newTemplateTree(templates)
 }
 
 func members(texts []string) map[string]bool {
@@ -134,7 +133,7 @@ func (s *set) matchText(v string) bool {
 			}
 		}
 	}
-	return s.matchEnds(v) || len(s.odd) > 0 && s.matchOdd(v)
+	return s.matchEnds(v) || s.matchOdd(v)
 }
 
 func (s *set) matchEnds(v string) bool {
@@ -164,28 +163,12 @@ func (s *set) matchEnds(v string) bool {
 }
 
 func (s *set) matchOdd(v string) bool {
-	if s.oddPrefixed == nil {
-		return matchAnyPattern(s.odd, v)
-	}
-	c := s.oddPrefixed.walk(v)
-	for {
-		group, ok := c.next()
-		if !ok {
-			return false
-		}
-		if matchAnyPattern(group, v) {
+	for i := range s.odd {
+		if s.odd[i].matchText(v) {
 			return true
 		}
 	}
-}
-
-func matchAnyPattern(patterns []pattern, v string) bool {
-	for i := range patterns {
-		if patterns[i].matchText(v) {
-			return true
-		}
-	}
-	return false
+	return s.templated != nil && s.templated.visit(v, func(bool) bool { return true })
 }
 
 // matchValues reports whether one value of the set takes one of the claim's.
@@ -211,7 +194,7 @@ func (s *set) matchValues(claim *claim) bool {
 }
 
 func (s *set) onlyExact() bool {
-	return !s.any && !s.nonEmpty && len(s.prefixes) == 0 && len(s.suffixes) == 0 && len(s.odd) == 0
+	return !s.any && !s.nonEmpty && len(s.prefixes) == 0 && len(s.suffixes) == 0 && len(s.odd) == 0 && s.templated == nil
 }
 
 // matchSubject compares a request principal; a token without issuer or subject

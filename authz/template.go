@@ -123,14 +123,6 @@ func matchTail(segs []segment, path string) bool {
 	return true
 }
 
-// templateEnds returns the literal text before the first operator and after the
-// last one: a path that matches begins and ends with them.
-func templateEnds(text string) (prefix, suffix string) {
-	prefix = text[:strings.IndexByte(text, '{')]
-	suffix = text[strings.LastIndexByte(text, '}')+1:]
-	return prefix, suffix
-}
-
 func isHex(c byte) bool {
 	return c >= '0' && c <= '9' || c >= 'a' && c <= 'f' || c >= 'A' && c <= 'F'
 }
