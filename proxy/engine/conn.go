@@ -24,10 +24,11 @@ type Conn struct {
 
 	mu       sync.Mutex
 	closed   bool
-	active   int       // requests in flight
-	idleAt   time.Time // since when there is none
-	upstream *upConn   // HTTP/1: that of the exchange in flight, closed with the connection
-	goAway   func()    // HTTP/2
+	active   int                     // requests in flight
+	idleAt   time.Time               // since when there is none
+	upstream *upConn                 // HTTP/1: that of the exchange in flight, closed with the connection
+	cancel   context.CancelCauseFunc // or that of its HTTP/2 stream
+	goAway   func()                  // HTTP/2
 }
 
 // NewConn prepares to serve an accepted connection; h2: it speaks HTTP/2 (by
@@ -84,6 +85,9 @@ func (c *Conn) CloseNow() {
 	if c.upstream != nil {
 		abort(c.upstream.wire.conn)
 	}
+	if c.cancel != nil {
+		c.cancel(errCut)
+	}
 }
 
 // abort closes a connection without a TLS farewell, which could wait for the peer.
@@ -130,6 +134,14 @@ func (c *Conn) attach(u *upConn) bool {
 	}
 	c.upstream = u
 	return true
+}
+
+// attachCancel does the same for an HTTP/2 upstream.
+func (c *Conn) attachCancel(cancel context.CancelCauseFunc) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cancel = cancel
+	return !c.closed
 }
 
 // Bounds of the farewell to a client that may still be sending.

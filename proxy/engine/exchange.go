@@ -5,7 +5,10 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/net/http2"
 )
 
 // sink is where a response goes: an HTTP/1 client or an HTTP/2 stream.
@@ -50,8 +53,11 @@ type exchange struct {
 	replay []byte
 
 	act    activity
+	halted atomic.Bool // reads of the client's body are to end
 	pump   pump
 	cancel context.CancelCauseFunc // of an HTTP/2 upstream request
+	upload *upload                 // its body
+	single *http2.ClientConn       // its connection, if it is for this request only
 	// got: a byte of a response came on this upstream connection.
 	got bool
 	// waiting: no final response head yet. Main goroutine only.
@@ -90,7 +96,9 @@ func (x *exchange) free() {
 	x.res.reset()
 	x.verdict, x.outcome = Verdict{}, Outcome{}
 	x.in = bodyIn{}
-	x.conn, x.up, x.replay, x.cancel = nil, nil, nil, nil
+	x.single = nil
+	x.halted.Store(false)
+	x.conn, x.up, x.replay, x.cancel, x.upload = nil, nil, nil, nil, nil
 	x.got, x.waiting, x.continued = false, false, false
 	x.pump.reset()
 	x.h1.reset()
@@ -152,6 +160,9 @@ func (x *exchange) upLimit() time.Duration {
 
 // clientLimit is how long the client may be silent within a body.
 func (x *exchange) clientLimit() time.Duration {
+	if x.halted.Load() {
+		return 0
+	}
 	if x.pump.discard.Load() {
 		return lingerTime
 	}

@@ -299,6 +299,9 @@ func (x *exchange) settle(from body) *failure {
 // be used again. The answer has been written.
 func (x *exchange) finish(from body) {
 	x.stopPump(from)
+	if x.upload != nil {
+		x.upload.stop()
+	}
 	x.discardUpstream()
 }
 

@@ -42,9 +42,9 @@ func charrange(from, to int) (t [256]bool) {
 }
 
 // all reports whether s is made of the table's characters only.
-func all(t *[256]bool, s []byte) bool {
-	for _, c := range s {
-		if !t[c] {
+func all[T string | []byte](t *[256]bool, s T) bool {
+	for i := range len(s) {
+		if !t[s[i]] {
 			return false
 		}
 	}

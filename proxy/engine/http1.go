@@ -63,7 +63,7 @@ func (c *Conn) serveOne(ctx context.Context, x *exchange) (keep, linger bool) {
 	}
 	var f *failure
 	if x.verdict.Upstream.H2 {
-		f = x.forwardH2(ctx, &x.in, &x.h1)
+		f = x.throughH2(ctx)
 	} else {
 		f = x.forwardH1(ctx, &x.in, &x.h1)
 	}
@@ -80,6 +80,28 @@ func (c *Conn) serveOne(ctx context.Context, x *exchange) (keep, linger bool) {
 	x.finish(&x.in)
 	x.count()
 	return keep && x.in.finished(), linger
+}
+
+// throughH2 forwards an HTTP/1 request to an HTTP/2 upstream.
+func (x *exchange) throughH2(ctx context.Context) *failure {
+	if x.held == nil {
+		x.held = x.conn.wire.take(headBuffer)
+	}
+	if x.req.WebSocket {
+		// WebSocket over HTTP/2 (RFC 8441) is not served.
+		return fail(http.StatusBadGateway, ReasonBadResponse, errNoTunnel)
+	}
+	x.act.touch(x.engine.cfg.Now())
+	x.conn.wire.busy, x.conn.wire.idle = &x.act, x.clientIdle
+	f := x.forwardH2(ctx, &x.in, &x.h1)
+	x.conn.attachCancel(nil)
+	if x.single != nil {
+		_ = x.single.Close()
+	}
+	if x.upload == nil {
+		x.conn.wire.busy, x.conn.wire.idle = nil, nil
+	}
+	return f
 }
 
 // conclude ends an exchange whose response was relayed whole.
@@ -188,7 +210,7 @@ const drainable = 64 << 10
 // answer sends an answer of our own. Begin's refusals and upstream failures
 // both end here; the body is a constant line.
 func (x *exchange) answer(status int, body string, extra []Field) (keep, linger bool) {
-	unread := x.pump.done == nil && !x.in.finished() // a pump owns the body
+	unread := x.pump.done == nil && x.upload == nil && !x.in.finished() // those own the body
 	if unread {
 		if _, whole := x.in.inline(); whole {
 			x.in.skipInline()
@@ -196,7 +218,7 @@ func (x *exchange) answer(status int, body string, extra []Field) (keep, linger 
 		}
 	}
 	drain := unread && !x.req.expect && x.req.ContentLength > 0 && x.req.ContentLength <= drainable
-	x.h1.close = x.h1.close || unread && !drain || x.pump.running() || x.pump.broken.Load() ||
+	x.h1.close = x.h1.close || unread && !drain || x.sending() || x.pump.broken.Load() ||
 		x.req.framing.close || x.req.Proto == HTTP10 || x.verdict.Close || x.conn.closing.Load()
 	err := x.writeAnswer(status, body, extra)
 	if err == nil && drain && !x.h1.close {
@@ -206,7 +228,7 @@ func (x *exchange) answer(status int, body string, extra []Field) (keep, linger 
 	if err != nil {
 		return false, false
 	}
-	return !x.h1.close && !unread, unread || x.pump.done != nil
+	return !x.h1.close && !unread, unread || x.pump.done != nil || x.upload != nil
 }
 
 // drain reads the rest of a small body; false if the client takes too long.

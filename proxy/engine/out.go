@@ -85,6 +85,8 @@ func (o *messageOut) num(n int64) {
 	o.str(text(strconv.AppendInt(digits[:0], n, 10)))
 }
 
+func appendInt(n int64) []byte { return strconv.AppendInt(nil, n, 10) }
+
 // space returns where the next payload bytes go; it may flush first.
 func (o *messageOut) space() ([]byte, error) {
 	free := o.free()

@@ -129,18 +129,30 @@ func (x *exchange) cutUpstream() {
 	}
 }
 
+// sending: the request's body is still on its way.
+func (x *exchange) sending() bool {
+	return x.pump.running() || x.upload != nil && !x.upload.ended.Load()
+}
+
 // failure is the client's own fault in its body, or nil.
 func (p *pump) failure() *failure {
 	if p.done == nil || !p.broken.Load() {
 		return nil
 	}
 	<-p.done
+	return bodyFailure(p.readErr)
+}
+
+// bodyFailure maps an error of reading the client's body.
+func bodyFailure(err error) *failure {
 	var r *refusal
 	switch {
-	case errors.As(p.readErr, &r):
-		return fail(http.StatusBadRequest, ReasonRequestBody, p.readErr)
-	case isTimeout(p.readErr):
-		return fail(http.StatusRequestTimeout, ReasonBodyTimeout, p.readErr)
+	case err == nil:
+		return nil
+	case errors.As(err, &r):
+		return fail(http.StatusBadRequest, ReasonRequestBody, err)
+	case isTimeout(err):
+		return fail(http.StatusRequestTimeout, ReasonBodyTimeout, err)
 	}
-	return clientGone(p.readErr)
+	return clientGone(err)
 }

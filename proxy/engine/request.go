@@ -189,7 +189,7 @@ func (r *Request) parseLine(line []byte, cfg *Config) (authority string, err err
 	if sp <= 0 || last <= sp {
 		return "", errRequestLine
 	}
-	if err := r.setMethod(line[:sp]); err != nil {
+	if err := r.setMethod(text(line[:sp])); err != nil {
 		return "", err
 	}
 	switch version := text(line[last+1:]); version {
@@ -203,36 +203,36 @@ func (r *Request) parseLine(line []byte, cfg *Config) (authority string, err err
 		}
 		return "", errRequestLine
 	}
-	if r.Method == "CONNECT" {
-		return "", errConnect
-	}
-	return r.setTarget(line[sp+1:last], cfg)
+	return r.setTarget(text(line[sp+1:last]), cfg)
 }
 
-func (r *Request) setMethod(method []byte) error {
-	for _, c := range method {
-		if !tokenChars[c] || 'a' <= c && c <= 'z' {
+func (r *Request) setMethod(method string) error {
+	for i := range len(method) {
+		if c := method[i]; !tokenChars[c] || 'a' <= c && c <= 'z' {
 			return errMethod
 		}
 	}
 	if len(method) == 0 || len(method) > 32 {
 		return errMethod
 	}
-	r.Method = text(method)
+	if method == "CONNECT" {
+		return errConnect
+	}
+	r.Method = method
 	return nil
 }
 
 // setTarget splits a request target (RFC 9112 3.2): origin form, absolute form,
 // or "*" for OPTIONS. A fragment is dropped.
-func (r *Request) setTarget(target []byte, cfg *Config) (authority string, err error) {
+func (r *Request) setTarget(target string, cfg *Config) (authority string, err error) {
 	switch {
 	case len(target) > cfg.MaxTargetBytes:
 		return "", errTargetTooLong
 	case len(target) == 0 || !all(&targetChars, target):
 		return "", errTarget
 	}
-	r.Target = text(target)
-	rest := r.Target
+	r.Target = target
+	rest := target
 	if i := strings.IndexByte(rest, '#'); i >= 0 {
 		rest = rest[:i]
 	}
@@ -293,13 +293,5 @@ func checkEncoding(path string) error {
 // validHost checks an authority's characters. Brackets and port are left to
 // the application: policy compares the string as a whole.
 func validHost(host string) bool {
-	if host == "" || len(host) > 255+6 {
-		return false
-	}
-	for i := range len(host) {
-		if !hostChars[host[i]] {
-			return false
-		}
-	}
-	return true
+	return host != "" && len(host) <= 255+len(":65535") && all(&hostChars, host)
 }

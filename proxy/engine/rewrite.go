@@ -70,25 +70,7 @@ func (v *Verdict) drops(name string) bool {
 // settable refuses what would change a message's framing or break its head.
 // The Session is trusted, but it puts claims of tokens into values.
 func settable(f *Field) bool {
-	return f.Name != "" && kindOf(f.Name) == endToEnd && validName(f.Name) && validValue(f.Value)
-}
-
-func validName(s string) bool {
-	for i := range len(s) {
-		if !tokenChars[s[i]] {
-			return false
-		}
-	}
-	return s != ""
-}
-
-func validValue(s string) bool {
-	for i := range len(s) {
-		if !valueChars[s[i]] {
-			return false
-		}
-	}
-	return true
+	return f.Name != "" && kindOf(f.Name) == endToEnd && all(&tokenChars, f.Name) && all(&valueChars, f.Value)
 }
 
 // requestSink sends a request's body upstream.
@@ -185,7 +167,7 @@ func (x *exchange) lastResponse(res *response) bool {
 	switch {
 	case f.close, x.req.Proto == HTTP10, x.verdict.Close, x.conn.closing.Load():
 		return true
-	case !x.pump.running():
+	case !x.sending():
 		return false
 	case x.req.expect && !x.continued:
 		return true // whether a body follows is unknown now
