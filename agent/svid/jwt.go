@@ -2,8 +2,8 @@ package svid
 
 import (
 	"context"
+	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -56,7 +56,7 @@ func (j *JWTs) Fetch(ctx context.Context, audience []string) (*caclient.JWT, err
 	audience = slices.Clone(audience)
 	slices.Sort(audience)
 	audience = slices.Compact(audience)
-	key := strings.Join(audience, "\x00")
+	key := fmt.Sprintf("%q", audience) // quoted: no audience can pose as two
 	if c, ok := j.lookup(key); ok && (c.failed != nil || c.jwt != nil) {
 		return c.jwt, c.failed
 	}

@@ -190,6 +190,9 @@ func (r *Rotator) pick() []*entry {
 	for _, e := range r.entries {
 		if shown, _ := e.source.Current(); shown.Status != e.status(now.wall) {
 			r.publish(e)
+			if e.status(now.wall) == Expired && !e.due.reached(now) && e.due.elapsed-now.elapsed > startingWait {
+				e.due = now.after(startingWait) // the wait was planned while there was something to serve
+			}
 		}
 		if !e.inFlight && e.due.reached(now) {
 			due = append(due, e)
