@@ -147,7 +147,75 @@ func shapes() []shape {
 				return policy.Rule{From: shared, To: to(policy.Operation{Paths: []string{"/healthz", p}})}
 			},
 		},
+		{
+			// What tells templates apart stands between their operators.
+			name: "templates", peer: onePeer, none: noPath,
+			last: func(n int) authz.Request { return get(fmt.Sprintf("/tenant-7/i%d/x", n-1)) },
+			rule: func(i int) policy.Rule {
+				return policy.Rule{From: shared, To: to(policy.Operation{Paths: []string{fmt.Sprintf("/{*}/i%d/{*}", i)}})}
+			},
+		},
+		{
+			// Behind a long common beginning and {**}.
+			name: "tails", peer: onePeer, none: noPath,
+			last: func(n int) authz.Request { return get(fmt.Sprintf("/api/v1/of/some/length/a/b/c/t%d", n-1)) },
+			rule: func(i int) policy.Rule {
+				return policy.Rule{From: shared, To: to(policy.Operation{Paths: []string{fmt.Sprintf("/api/v1/of/some/length/{**}/t%d", i)}})}
+			},
+		},
+		{
+			// Half share the path, half the principal.
+			name: "halves", peer: onePeer,
+			last: func(n int) authz.Request { return get(fmt.Sprintf("/own/%d", (n-1)/2*2)) },
+			none: func(int) authz.Request { return get("/same") },
+			rule: func(i int) policy.Rule {
+				if i%2 == 1 {
+					return policy.Rule{From: distinct(i), To: to(policy.Operation{Paths: []string{"/same"}})}
+				}
+				return policy.Rule{From: shared, To: to(policy.Operation{Paths: []string{fmt.Sprintf("/own/%d", i)}})}
+			},
+		},
+		{
+			name: "addresses", peer: onePeer,
+			last: func(n int) authz.Request { return fromIP(n - 1) },
+			none: func(int) authz.Request {
+				r := get("/x")
+				r.RemoteIP = netip.MustParseAddr("192.0.2.1")
+				return r
+			},
+			rule: func(i int) policy.Rule {
+				p := netip.PrefixFrom(fromIP(i).RemoteIP, 32-i%2)
+				return policy.Rule{From: from(policy.Source{RemoteIPBlocks: []string{p.String()}})}
+			},
+		},
+		{
+			name: "users", peer: onePeer,
+			none: func(int) authz.Request { r := get("/x"); r.Claims = groups("a"); return r },
+			last: func(n int) authz.Request {
+				r := get("/x")
+				r.Claims = authz.NewClaims(map[string]any{"iss": "https://users.test", "sub": fmt.Sprintf("u%d", n-1)}, "", nil)
+				return r
+			},
+			rule: func(i int) policy.Rule {
+				return policy.Rule{From: from(policy.Source{Principals: []string{principal("caller")}, RequestPrincipals: []string{fmt.Sprintf("https://users.test/u%d", i)}})}
+			},
+		},
+		{
+			// One value of each rule takes the peer, and only by that one.
+			name: "crowd", peer: onePeer, last: lastPath, none: noPath,
+			rule: func(i int) policy.Rule {
+				p, _ := mixedPath(i)
+				f := from(policy.Source{Principals: []string{principal("caller"), principal(fmt.Sprintf("sa-%d", i))}})
+				return policy.Rule{From: f, To: to(policy.Operation{Paths: []string{p}})}
+			},
+		},
 	}
+}
+
+func fromIP(i int) authz.Request {
+	r := get("/x")
+	r.RemoteIP = netip.AddrFrom4([4]byte{10, byte(i >> 7), byte(i << 1), 0})
+	return r
 }
 
 func gridRequest(i int) authz.Request {
@@ -164,9 +232,9 @@ func groups(g ...string) *authz.Claims {
 	return authz.NewClaims(map[string]any{"iss": "https://users.test", "sub": "alice", "groups": list}, "", nil)
 }
 
-// connect compiles n rules of a shape, at most 512 to a document as admission has
-// it, and connects the peer that the last rule is for.
-func (s shape) connect(tb testing.TB, n int) *authz.Connection {
+// compile compiles n rules of a shape, at most 512 to a document as admission has
+// it, and returns the peer that the last rule is for.
+func (s shape) compile(tb testing.TB, n int) (*authz.Snapshot, authz.Peer) {
 	tb.Helper()
 	var docs []policy.Document
 	action := policy.ActionAllow
@@ -185,10 +253,57 @@ func (s shape) connect(tb testing.TB, n int) *authz.Connection {
 	if len(problems) > 0 {
 		tb.Fatalf("problems: %v", problems)
 	}
-	return snapshot.Connect(authz.Peer{
+	return snapshot, authz.Peer{
 		ID:       spiffeid.RequireFromString("spiffe://" + principal(s.peer(n))),
 		SourceIP: netip.MustParseAddr("10.1.2.3"), DestinationPort: 8080,
-	})
+	}
+}
+
+func (s shape) connect(tb testing.TB, n int) *authz.Connection {
+	tb.Helper()
+	snapshot, peer := s.compile(tb, n)
+	return snapshot.Connect(peer)
+}
+
+// TestAuthorizeAllocates nothing, for any shape and size: a figure that, unlike
+// time, a test may hold.
+func TestAuthorizeAllocates(t *testing.T) {
+	for _, s := range shapes() {
+		for _, n := range []int{10, 1_000} {
+			c := s.connect(t, n)
+			for _, r := range []authz.Request{s.last(n), s.none(n)} {
+				if got, want := c.Authorize(&r), c.AuthorizeByScan(&r); got != want {
+					t.Errorf("%s of %d: %+v, want %+v", s.name, n, got, want)
+				}
+				if a := testing.AllocsPerRun(50, func() { c.Authorize(&r) }); a != 0 {
+					t.Errorf("%s of %d: %v allocations", s.name, n, a)
+				}
+			}
+			if got := c.Authorize(ptr(s.last(n))); got.Allowed == s.deny {
+				t.Errorf("%s of %d: last rule: %+v", s.name, n, got)
+			}
+			if got := c.Authorize(ptr(s.none(n))); got.Allowed != s.deny {
+				t.Errorf("%s of %d: no rule: %+v", s.name, n, got)
+			}
+		}
+	}
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// TestIndexNominatesFew holds the promise of a flat figure without a clock: at
+// ten times the rules no more clauses are compared.
+func TestIndexNominatesFew(t *testing.T) {
+	for _, s := range shapes() {
+		for _, n := range []int{1_000, 10_000} {
+			c := s.connect(t, n)
+			for _, r := range []authz.Request{s.last(n), s.none(n)} {
+				if got := c.Nominated(&r); got > 8 {
+					t.Errorf("%s of %d: %d clauses compared", s.name, n, got)
+				}
+			}
+		}
+	}
 }
 
 func BenchmarkAuthorize(b *testing.B) {
@@ -209,6 +324,32 @@ func BenchmarkAuthorize(b *testing.B) {
 					}
 				})
 			}
+		}
+	}
+}
+
+func BenchmarkConnect(b *testing.B) {
+	for _, s := range shapes() {
+		for _, n := range []int{10, 10_000} {
+			snapshot, peer := s.compile(b, n)
+			b.Run(fmt.Sprintf("%s/rules=%d", s.name, n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					snapshot.Connect(peer)
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkCompile(b *testing.B) {
+	for _, s := range shapes()[:1] {
+		for _, n := range []int{100, 10_000} {
+			b.Run(fmt.Sprintf("%s/rules=%d", s.name, n), func(b *testing.B) {
+				for b.Loop() {
+					s.compile(b, n)
+				}
+			})
 		}
 	}
 }

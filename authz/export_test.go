@@ -53,3 +53,56 @@ func MatchTemplate(template, path string) (bool, error) {
 
 // MatchGlob compares a namespace.
 func MatchGlob(glob, s string) bool { return matchGlob(glob, s) }
+
+// Nominated counts the clauses that the index lets Authorize compare, were none
+// of them to match.
+func (c *Connection) Nominated(r *Request) int {
+	q := query{fixed: &c.fixed, req: r, host: asciiLower(r.Host), remote: c.fixed.remote}
+	if r.RemoteIP.IsValid() {
+		q.remote = plainAddr(r.RemoteIP)
+	}
+	n := 0
+	for i, p := range c.snapshot.http.slots() {
+		if p == nil {
+			continue
+		}
+		// Clauses that cannot match: every nomination is tried.
+		never := make([]clause, len(p.clauses))
+		for j := range never {
+			never[j].alternatives = [][][]term{nil}
+			never[j].fixed = []term{{ref: ref{attr: attrHeader, name: countName}, pos: &set{}}}
+		}
+		count := &countHeader{Header: r.Header}
+		req := *r
+		req.Header = count
+		q.req = &req
+		copied := *p
+		copied.clauses = never
+		q.prog = &copied
+		l := &c.live[i]
+		n += len(l.clauses)
+		for _, node := range l.nodes {
+			node.search(&q, none)
+		}
+		for _, d := range l.dims {
+			d.search(&q, none)
+		}
+		n += count.asked
+	}
+	return n
+}
+
+const countName = "\x00count"
+
+type countHeader struct {
+	Header
+	asked int
+}
+
+func (h *countHeader) Values(name string) []string {
+	if name == countName {
+		h.asked++
+		return nil
+	}
+	return h.Header.Values(name)
+}
