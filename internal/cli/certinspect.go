@@ -44,6 +44,7 @@ type certView struct {
 
 	issuerIndex int
 	state       string
+	commonName  string
 }
 
 func describeChain(certs []*x509.Certificate, now time.Time) []certView {
@@ -84,6 +85,7 @@ func describe(c *x509.Certificate, now time.Time) certView {
 		SubjectKeyID:       hex.EncodeToString(c.SubjectKeyId),
 		AuthorityKeyID:     hex.EncodeToString(c.AuthorityKeyId),
 		state:              "valid",
+		commonName:         c.Subject.CommonName,
 	}
 	sum := sha256.Sum256(c.Raw)
 	v.SHA256 = hex.EncodeToString(sum[:])
@@ -123,6 +125,9 @@ func nameOf(c *x509.Certificate) string {
 		if u.Scheme == "spiffe" && (u.Path != "" || c.Subject.String() == "") {
 			return u.String()
 		}
+	}
+	if c.Subject.CommonName != "" {
+		return c.Subject.CommonName
 	}
 	if s := c.Subject.String(); s != "" {
 		return s
@@ -238,8 +243,8 @@ func printTree(b *strings.Builder, views []certView, i int, indent string, depth
 
 func displayName(v certView) string {
 	switch {
-	case v.IsCA && v.Subject != "":
-		return v.Subject
+	case v.IsCA && v.commonName != "":
+		return v.commonName
 	case v.SPIFFEID != "":
 		return v.SPIFFEID
 	case v.Subject != "":

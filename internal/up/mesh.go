@@ -1,7 +1,6 @@
 package up
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"time"
 
@@ -32,6 +32,9 @@ const (
 	appPort     = 8080
 	servicePort = 80
 )
+
+// exampleKeys is the line of the samples that holds the end-user issuer's keys.
+var exampleKeys = regexp.MustCompile(`jwks: '[^']*'`)
 
 // sampleWorkloads are the workloads of the sample mesh; those that serve are its services.
 var sampleWorkloads = []sampleWorkload{
@@ -214,7 +217,7 @@ func (m *mesh) copySamples() error {
 		if err != nil {
 			return err
 		}
-		data = bytes.ReplaceAll(data, []byte(`'{"keys":[]}'`), []byte("'"+string(keys)+"'"))
+		data = exampleKeys.ReplaceAllLiteral(data, []byte("jwks: '"+string(keys)+"'"))
 		return writeFile(filepath.Join(tmp, filepath.Base(path)), data, 0o644)
 	})
 	if err != nil {
