@@ -23,8 +23,8 @@ const (
 	// A commit costs as much as ten rows. Under load the writer therefore waits
 	// for those it has just answered to come back, as long as they keep coming;
 	// a lone caller never waits.
-	lingerGap   = time.Millisecond
-	lingerTotal = 5 * time.Millisecond
+	lingerGap   = 2 * time.Millisecond
+	lingerTotal = 10 * time.Millisecond
 
 	// resultDelay bounds how long a result waits for an intent to share its commit.
 	resultDelay = 100 * time.Millisecond
