@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -402,19 +403,63 @@ func TestBoundsAndOrder(t *testing.T) {
 				t.Errorf("%s: %v", names[n], state(s).Status)
 			}
 		}
-		if i.most[""] != 2 {
-			t.Errorf("%d requests in flight, want 2", i.most[""])
-		}
 		time.Sleep(3 * time.Hour)
-		for _, n := range names {
-			if i.most[n] != 1 {
-				t.Errorf("%s: %d in flight", n, i.most[n])
+		synctest.Wait()
+		i.set(func(i *issuer) {
+			if i.most[""] != 2 {
+				t.Errorf("%d requests in flight, want 2", i.most[""])
 			}
-		}
-		// A new workload, which has nothing, comes before those that only renew.
+			for _, n := range names {
+				if i.most[n] != 1 {
+					t.Errorf("%s: %d in flight", n, i.most[n])
+				}
+			}
+		})
 		r.Remove(sources[0])
 		if now := state(sources[0]); now.Status != svid.Refused || now.SVID != nil {
 			t.Errorf("a removed workload is %v", now.Status)
+		}
+	})
+}
+
+func TestNearestExpiryFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, time.Hour)
+		r, err := svid.NewRotator(svid.Config{Issuer: i, TrustDomain: trustDomain(), Concurrency: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); _ = r.Run(ctx) }()
+		defer func() { cancel(); <-done }()
+		// Three lives of different length, then an outage past all half-lives.
+		for _, w := range []struct {
+			name string
+			ttl  time.Duration
+		}{{"a/long", 3 * time.Hour}, {"a/short", 100 * time.Minute}, {"a/middle", 2 * time.Hour}} {
+			i.set(func(i *issuer) { i.ttl = w.ttl })
+			r.Add(svid.Identity{Account: parseAccount(t, w.name), Token: token(t, w.name, w.name)})
+			synctest.Wait()
+		}
+		i.set(func(i *issuer) { i.before = func(context.Context, string) error { return errors.New("away") } })
+		time.Sleep(99 * time.Minute)
+		synctest.Wait()
+		i.asked()
+		i.set(func(i *issuer) {
+			i.before = func(context.Context, string) error { time.Sleep(time.Second); return nil }
+		})
+		r.Add(svid.Identity{Account: parseAccount(t, "a/new"), Token: token(t, "a/new", "new")})
+		r.Retry()
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		var order []string
+		for _, c := range i.asked() {
+			order = append(order, c.account)
+		}
+		// What has nothing to serve comes before everything.
+		if want := []string{"a/new", "a/short", "a/middle", "a/long"}; !slices.Equal(order, want) {
+			t.Errorf("asked in the order %v, want %v", order, want)
 		}
 	})
 }
