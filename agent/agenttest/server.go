@@ -410,6 +410,23 @@ func (s *Server) Mint(claims map[string]any, header map[jose.HeaderKey]any) stri
 	return token
 }
 
+// SignPayload signs any bytes as a token's claims.
+func (s *Server) SignPayload(payload string) string {
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: s.jwtKey}, (&jose.SignerOptions{}).WithHeader("kid", "jwt-1"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	jws, err := signer.Sign([]byte(payload))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	token, err := jws.CompactSerialize()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return token
+}
+
 type discovery struct {
 	discoveryv3.UnimplementedAggregatedDiscoveryServiceServer
 	s *Server
