@@ -95,7 +95,7 @@ func NewDirectory(cfg DirectoryConfig) (*Directory, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Now == nil {
-		cfg.Now = time.Now
+		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	d := &Directory{cfg: cfg, files: map[string]*file{}, changed: make(chan struct{})}
 	names, err := policyFiles(cfg.Path)

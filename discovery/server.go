@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -53,10 +52,10 @@ func New(cfg Config) (*Server, error) {
 		return nil, errors.New("discovery: nothing to tell an agent's node by")
 	}
 	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Now == nil {
-		cfg.Now = time.Now
+		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	s := &Server{cfg: cfg, log: cfg.Log, logged: map[string]bool{},
 		mesh:  xds.NewTable(castellanv1.TypeServiceIdentity, castellanv1.TypeJwks, castellanv1.TypeBundle, castellanv1.TypeDenylist),
@@ -145,7 +144,7 @@ func (s *Server) look() seen {
 
 // update makes and publishes a new state.
 func (s *Server) update(ctx context.Context, now seen) {
-	began := time.Now()
+	began := s.cfg.Now()
 	a := admit(now.docs, s.good)
 	s.logRefusals(a)
 	next, err := s.builder.build(a, now.file)
@@ -161,9 +160,10 @@ func (s *Server) update(ctx context.Context, now seen) {
 	s.mesh.Set(castellanv1.TypeServiceIdentity, next.services)
 	s.keys.follow(ctx, a.docs)
 	s.reports.prune(next)
-	s.metrics.built(next, time.Since(began))
+	took := s.cfg.Now().Sub(began)
+	s.metrics.built(next, took)
 	s.log.Info("policy published", slog.Int("documents", len(a.docs)), slog.Int("denials", len(a.denials)),
-		slog.Int("workloads", len(next.workloads)), slog.Duration("took", time.Since(began)))
+		slog.Int("workloads", len(next.workloads)), slog.Duration("took", took))
 }
 
 // keep writes the last good documents down.

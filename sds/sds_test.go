@@ -419,10 +419,9 @@ func TestDelta(t *testing.T) {
 func TestHalfMaterialIsNotServed(t *testing.T) {
 	m := material(t)
 	for name, spoil := range map[string]func(*sds.Material){
-		"no roots":           func(m *sds.Material) { m.Roots = nil },
-		"no federated roots": func(m *sds.Material) { m.Federated = map[spiffeid.TrustDomain][][]byte{{}: {{1}}} },
-		"no key":             func(m *sds.Material) { m.KeyPKCS8 = nil },
-		"no certificate":     func(m *sds.Material) { m.Chain = nil },
+		"no roots":       func(m *sds.Material) { m.Roots = nil },
+		"no key":         func(m *sds.Material) { m.KeyPKCS8 = nil },
+		"no certificate": func(m *sds.Material) { m.Chain = nil },
 	} {
 		t.Run(name, func(t *testing.T) {
 			half := *m
@@ -441,6 +440,23 @@ func TestHalfMaterialIsNotServed(t *testing.T) {
 				t.Errorf("the last good material is gone: %v, %v", resp, err)
 			}
 		})
+	}
+}
+
+// TestFederatedWithoutRoots: a bundle without X.509 authorities is left out, and
+// fails nothing else.
+func TestFederatedWithoutRoots(t *testing.T) {
+	m := material(t)
+	m.Federated[spiffeid.RequireTrustDomainFromString("jwt-only.test")] = nil
+	f := start(t, m)
+	st := f.stream(t)
+	send(t, st, &discoveryv3.DiscoveryRequest{})
+	got := recvSotW(t, st)
+	if got.secrets["spiffe://jwt-only.test"] != nil || got.secrets["default"] == nil {
+		t.Errorf("got %q", got.names())
+	}
+	if names := validator(t, got.secrets["ALL"]); !slices.Equal(names, []string{"cluster.local", "other.test"}) {
+		t.Errorf("ALL trusts %q", names)
 	}
 }
 

@@ -65,23 +65,17 @@ func secrets(m *Material) (xds.Snapshot, error) {
 	if len(m.Chain) == 0 || len(m.KeyPKCS8) == 0 || m.ID.IsZero() {
 		return nil, errors.New("sds: no certificate or no key")
 	}
-	domains := map[spiffeid.TrustDomain][]byte{}
-	add := func(td spiffeid.TrustDomain, roots [][]byte) error {
-		if td.IsZero() || len(roots) == 0 {
-			return fmt.Errorf("sds: no roots of trust domain %q", td)
-		}
-		domains[td] = encode("CERTIFICATE", roots...)
-		return nil
+	if m.TrustDomain.IsZero() || len(m.Roots) == 0 {
+		return nil, fmt.Errorf("sds: no roots of the workload's own trust domain %q", m.TrustDomain)
 	}
+	domains := map[spiffeid.TrustDomain][]byte{}
 	for td, roots := range m.Federated {
-		if err := add(td, roots); err != nil {
-			return nil, err
+		if !td.IsZero() && len(roots) > 0 { // one without roots (JWT only) is nobody to Envoy
+			domains[td] = encode("CERTIFICATE", roots...)
 		}
 	}
 	// Last, so that no federated bundle can take the place of our own.
-	if err := add(m.TrustDomain, m.Roots); err != nil {
-		return nil, err
-	}
+	domains[m.TrustDomain] = encode("CERTIFICATE", m.Roots...)
 
 	b := builder{snapshot: xds.Snapshot{}}
 	b.certificate(NameDefault, m)

@@ -75,7 +75,7 @@ func NewClient(cfg ClientConfig) *Client {
 		cfg.MaxBackoff = 5 * time.Second
 	}
 	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	c := &Client{cfg: cfg, asked: map[string][]string{}, poke: make(chan struct{}, 1), follow: map[string]*follow{}}
 	for _, sub := range cfg.Subscriptions {

@@ -2,7 +2,6 @@ package xds
 
 import (
 	"context"
-	"io"
 	"log/slog"
 	"time"
 
@@ -74,12 +73,17 @@ type Config struct {
 	// Log may be nil. Resources' bodies are never logged.
 	Log    *slog.Logger
 	Limits Limits
+	// Now may be nil.
+	Now func() time.Time
 }
 
 func (c Config) withDefaults() Config {
 	c.Limits = c.Limits.withDefaults()
 	if c.Log == nil {
-		c.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	if c.Observer == nil {
 		c.Observer = nopObserver{}

@@ -17,7 +17,7 @@ func ServeDelta(stream DeltaStream, cfg Config) error {
 	w := newWatcher()
 	m := &deltaMachine{engine: newEngine(cfg, w)}
 	return serve(transport[*discoveryv3.DeltaDiscoveryRequest, *discoveryv3.DeltaDiscoveryResponse](stream),
-		machine[*discoveryv3.DeltaDiscoveryRequest, *discoveryv3.DeltaDiscoveryResponse](m), w, cfg.Limits.SendTimeout)
+		machine[*discoveryv3.DeltaDiscoveryRequest, *discoveryv3.DeltaDiscoveryResponse](m), w, cfg)
 }
 
 // stillHeld stands for a version that is not known, of something a peer holds.

@@ -31,7 +31,7 @@ type machine[Req, Resp any] interface {
 // serve runs one stream. Three goroutines: one receives, one sends (so that a
 // peer that does not read cannot hold the stream for ever), and this one owns the
 // state. The other two end when the handler returns, since gRPC then ends the stream.
-func serve[Req, Resp any](tr transport[Req, Resp], m machine[Req, Resp], w *watcher, sendTimeout time.Duration) error {
+func serve[Req, Resp any](tr transport[Req, Resp], m machine[Req, Resp], w *watcher, cfg Config) error {
 	ctx := tr.Context()
 	defer close(w.done)
 	requests, received := receive(tr, w.done)
@@ -49,11 +49,11 @@ func serve[Req, Resp any](tr transport[Req, Resp], m machine[Req, Resp], w *watc
 	sending := false
 	for {
 		if !sending {
-			resp, ok, wait := m.next(time.Now())
+			resp, ok, wait := m.next(cfg.Now())
 			if ok {
 				outbox <- resp // the sender is idle and takes it at once
 				sending = true
-				slow.Reset(sendTimeout)
+				slow.Reset(cfg.Limits.SendTimeout)
 			} else if wait > 0 {
 				held.Reset(wait)
 			}

@@ -18,7 +18,7 @@ func ServeSotW(stream SotWStream, cfg Config) error {
 	w := newWatcher()
 	m := &sotwMachine{engine: newEngine(cfg, w)}
 	return serve(transport[*discoveryv3.DiscoveryRequest, *discoveryv3.DiscoveryResponse](stream),
-		machine[*discoveryv3.DiscoveryRequest, *discoveryv3.DiscoveryResponse](m), w, cfg.Limits.SendTimeout)
+		machine[*discoveryv3.DiscoveryRequest, *discoveryv3.DiscoveryResponse](m), w, cfg)
 }
 
 // Fetch answers one unary request with what there is now. Names that do not
