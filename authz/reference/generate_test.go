@@ -20,9 +20,9 @@ import (
 // The generator draws policies and requests from the same few words, so that
 // they meet: of random strings none would ever match.
 var (
-	domainWords    = []string{"td1", "td2", "old-td", "cluster.local", "evil"}
-	namespaceWords = []string{"shop", "shop-a", "dev", "castellan-system"}
-	accountWords   = []string{"orders", "pay", "a.b", "axb"}
+	domainWords    = []string{"td1", "td1", "td2", "old-td", "new-td", "cluster.local", "evil"}
+	namespaceWords = []string{"shop", "shop", "shop", "shop-a", "dev", "castellan-system"}
+	accountWords   = []string{"orders", "orders", "orders", "pay", "a.b", "axb"}
 	hostWords      = []string{"orders", "orders.shop", "Orders.Shop:8080", "orders.shop:8080", "pay.shop"}
 	methodWords    = []string{"GET", "POST", "DELETE", "get"}
 	pathWords      = []string{
@@ -105,10 +105,17 @@ func plainWords(t *rapid.T, name string, from []string) func() string {
 	return func() string { return pick(t, name, from) }
 }
 
+func principalDomain(t *rapid.T) string {
+	return pick(t, "td", append([]string{"*", "*-td", "*-td", "td*", "*d1", "*.local", "", "cluster.local", "cluster.local"}, domainWords...))
+}
+
 func principal(t *rapid.T) string {
-	td := pick(t, "td", append([]string{"*", "*-td", "td*", "*d1", "*.local", ""}, domainWords...))
+	td := principalDomain(t)
 	full := td + "/ns/" + pick(t, "ns", namespaceWords) + "/sa/" + pick(t, "sa", accountWords)
 	other := td + "/foo/bar"
+	if chance(t, "as it is", 2) {
+		return full
+	}
 	return pattern(t, []string{full, full, full, other, td + "/ns/shop/*", "spiffe://" + full, full + "/x"})
 }
 
@@ -234,7 +241,7 @@ func drawOperation(t *rapid.T) *policy.Operation {
 func drawCondition(t *rapid.T) policy.Condition {
 	var c policy.Condition
 	var one func() string
-	switch rapid.IntRange(0, 15).Draw(t, "key") {
+	switch rapid.IntRange(0, 17).Draw(t, "key") {
 	case 0, 1, 2:
 		c.Key = "request.headers[" + pick(t, "header", headerNames) + "]"
 		one = words(t, headerWords[1:])
@@ -264,6 +271,8 @@ func drawCondition(t *rapid.T) policy.Condition {
 		}
 	case 14:
 		c.Key, one = "connection.sni", words(t, sniWords)
+	case 15, 16:
+		c.Key, one = "request.auth.claims["+pick(t, "split claim", []string{"scope", "permission", "roles"})+"]", words(t, []string{"read", "read write"})
 	default:
 		c.Key, one = pick(t, "bad key", badKeys), words(t, headerWords[1:])
 	}
@@ -344,6 +353,10 @@ func drawConfig(t *rapid.T) authz.Config {
 		TrustDomain: spiffeid.RequireTrustDomainFromString("td1"), Account: account,
 		Labels: map[string]string{"app": "orders", "version": "v1"},
 	}
+	if chance(t, "narrow", 2) {
+		cfg.Documents = []policy.Document{drawNarrow(t)}
+		return cfg
+	}
 	for i := range rapid.IntRange(0, 5).Draw(t, "documents") {
 		cfg.Documents = append(cfg.Documents, drawDocument(t, "p"+strconv.Itoa(i)))
 	}
@@ -351,6 +364,27 @@ func drawConfig(t *rapid.T) authz.Config {
 		cfg.Documents = append(cfg.Documents, drawCrowd(t))
 	}
 	return cfg
+}
+
+// drawNarrow draws a policy with little but one field in it, so that this field
+// alone decides: among several a wrong one is seldom seen.
+func drawNarrow(t *rapid.T) policy.Document {
+	var r policy.Rule
+	switch rapid.IntRange(0, 4).Draw(t, "narrow part") {
+	case 0:
+		r.From = []policy.From{{Source: &policy.Source{Principals: []string{principalDomain(t) + "/ns/shop/sa/orders"}}}}
+	case 1:
+		r.From = []policy.From{{Source: drawSource(t)}}
+	case 2:
+		r.To = []policy.To{{Operation: drawOperation(t)}}
+	default:
+		r.When = []policy.Condition{drawCondition(t)}
+	}
+	return policy.Document{
+		Kind:          policy.KindAuthorization,
+		Metadata:      policy.Metadata{Name: "narrow", Namespace: "shop"},
+		Authorization: &policy.AuthorizationPolicy{Action: pick(t, "narrow action", []string{"ALLOW", "DENY"}), Rules: []policy.Rule{r}},
+	}
 }
 
 // crowd is how many of each numbered word there are.
@@ -432,6 +466,9 @@ func drawPeer(t *rapid.T) authz.Peer {
 	}
 	td := spiffeid.RequireTrustDomainFromString(pick(t, "td", domainWords))
 	path := "/ns/" + pick(t, "ns", namespaceWords) + "/sa/" + pick(t, "sa", accountWords)
+	if chance(t, "usual", 2) {
+		path = "/ns/shop/sa/orders"
+	}
 	switch rapid.IntRange(0, 9).Draw(t, "peer") {
 	case 0:
 	case 1:
