@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
@@ -131,6 +132,10 @@ func (n *node) spiffe(i int) *workloadapi.Client {
 	}
 	n.t.Cleanup(func() { c.Close() })
 	return c
+}
+
+func (n *node) trustDomain() spiffeid.TrustDomain {
+	return spiffeid.RequireTrustDomainFromString(n.cfg.TrustDomain)
 }
 
 func withHeader(ctx context.Context) context.Context {
