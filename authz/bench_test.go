@@ -3,6 +3,7 @@ package authz_test
 import (
 	"fmt"
 	"net/netip"
+	"sync"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -122,6 +123,19 @@ func shapes() []shape {
 			},
 		},
 		{
+			// Tokens that hold hundreds of groups.
+			name: "groups", peer: onePeer,
+			none: func(int) authz.Request { r := get("/x"); r.Claims = groups(numbered(400)...); return r },
+			last: func(n int) authz.Request {
+				r := get("/x")
+				r.Claims = groups(append(numbered(400), fmt.Sprintf("group-%d", n-1))...)
+				return r
+			},
+			rule: func(i int) policy.Rule {
+				return policy.Rule{From: shared, When: []policy.Condition{{Key: "request.auth.claims[groups]", Values: []string{fmt.Sprintf("group-%d", i)}}}}
+			},
+		},
+		{
 			name: "principals", peer: lastPeer,
 			last: func(int) authz.Request { return get("/same") },
 			none: func(int) authz.Request { return get("/other") },
@@ -218,6 +232,14 @@ func fromIP(i int) authz.Request {
 	return r
 }
 
+func numbered(n int) []string {
+	out := make([]string, n)
+	for i := range out {
+		out[i] = fmt.Sprintf("team-%d", i)
+	}
+	return out
+}
+
 func gridRequest(i int) authz.Request {
 	r := get(fmt.Sprintf("/p/%d", i/100))
 	r.Host = fmt.Sprintf("h%d.shop", i%100)
@@ -286,6 +308,26 @@ func TestAuthorizeAllocates(t *testing.T) {
 				t.Errorf("%s of %d: no rule: %+v", s.name, n, got)
 			}
 		}
+	}
+}
+
+// TestConcurrentUse asks one connection from many goroutines, for the race detector.
+func TestConcurrentUse(t *testing.T) {
+	for _, s := range shapes() {
+		c := s.connect(t, 200)
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				for range 20 {
+					for _, r := range []authz.Request{s.last(200), s.none(200)} {
+						if got, want := c.Authorize(&r), c.AuthorizeByScan(&r); got != want {
+							t.Errorf("%s: %+v, want %+v", s.name, got, want)
+						}
+					}
+				}
+			})
+		}
+		wg.Wait()
 	}
 }
 

@@ -19,6 +19,7 @@ type Claims struct {
 type claim struct {
 	values  []string
 	lookup  map[string]struct{} // of values, where there are many
+	slot    uint32              // in memos, where there are many
 	members map[string]*claim
 }
 
@@ -82,9 +83,19 @@ func valuesClaim(values []string) *claim {
 		c.lookup = make(map[string]struct{}, len(values))
 		for _, v := range values {
 			c.lookup[v] = struct{}{}
+			c.slot = c.slot*31 + textHash(v)
 		}
 	}
 	return c
+}
+
+// textHash is FNV-1a. It only spreads; nothing rests on it.
+func textHash(s string) uint32 {
+	h := uint32(2166136261)
+	for i := range len(s) {
+		h = (h ^ uint32(s[i])) * 16777619
+	}
+	return h
 }
 
 // at returns the claim at a path of names, or nil.

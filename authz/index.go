@@ -36,6 +36,7 @@ type dimension struct {
 	suffixes  *radix[*node]
 	templates *templateTree[*node]
 	nets      []netGroup
+	memo      *claimMemo // of claims, at the root
 }
 
 // netGroup holds the CIDRs of one length.
@@ -251,6 +252,9 @@ func (b *builder) crowd(a access) int32 {
 
 func (b *builder) dimension(dim int32, by map[int32][]uint32, used []int32) dimension {
 	d := dimension{ref: b.dims[dim]}
+	if d.ref.attr == attrClaim && len(used) == 1 {
+		d.memo = new(claimMemo)
+	}
 	prefixes, suffixes, templates := make(map[string]*node), make(map[string]*node), make(map[string]*node)
 	order := make([]int32, 0, len(by))
 	for k := range by {

@@ -44,15 +44,25 @@ func (d *dimension) search(q *query, best uint32) uint32 {
 		if claim == nil {
 			return best
 		}
-		for _, v := range claim.values {
-			best = d.searchText(q, v, best)
-		}
-		return best
+		return d.searchClaim(q, claim, best)
 	case attrHeader:
 		return d.searchHeader(q, best)
 	default:
 		return d.searchText(q, q.text(d.ref.attr), best)
 	}
+}
+
+func (d *dimension) searchClaim(q *query, c *claim, best uint32) uint32 {
+	if c.lookup == nil || d.memo == nil {
+		for _, v := range c.values {
+			best = d.searchText(q, v, best)
+		}
+		return best
+	}
+	for _, n := range d.memo.nodes(d, c) {
+		best = n.search(q, best)
+	}
+	return best
 }
 
 func (d *dimension) searchHeader(q *query, best uint32) uint32 {
@@ -153,6 +163,12 @@ func (d *dimension) visitText(v string, f func(*node)) {
 			}
 			f(n)
 		}
+	}
+	if d.templates != nil {
+		d.templates.visit(v, func(n *node) bool {
+			f(n)
+			return false
+		})
 	}
 }
 
