@@ -205,3 +205,16 @@ func contains(t *testing.T, err error, want ...string) {
 		}
 	}
 }
+
+// plainAuthority is one with real time and defaults.
+func plainAuthority(t testing.TB) *ca.Authority {
+	t.Helper()
+	a, err := ca.Open(t.Context(), ca.Config{
+		TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local"), DataDir: t.TempDir(), Ledger: &ledgertest.Memory{},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close() })
+	return a
+}

@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -69,11 +70,21 @@ func account(t testing.TB, s string) identity.Account {
 type logBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
+	to  io.Writer // in place of buf, when set
+}
+
+func (b *logBuffer) divert(to io.Writer) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.to = to
 }
 
 func (b *logBuffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.to != nil {
+		return b.to.Write(p)
+	}
 	return b.buf.Write(p)
 }
 
