@@ -58,10 +58,7 @@ func Open(ctx context.Context, cfg Config) (_ *Authority, err error) {
 		return nil, fmt.Errorf("ca: configuration: %w", err)
 	}
 	dir := filepath.Join(cfg.DataDir, dirName)
-	a := &Authority{cfg: cfg, dir: dir, store: diskStore{dir}, changed: make(chan struct{})}
-	if a.metrics, err = newMetrics(cfg.Registerer); err != nil {
-		return nil, fmt.Errorf("ca: %w", err)
-	}
+	a := &Authority{cfg: cfg, dir: dir, store: diskStore{dir}, metrics: newMetrics(), changed: make(chan struct{})}
 	if err := disk.MakeDir(dir); err != nil {
 		return nil, fmt.Errorf("ca: %w", err)
 	}
@@ -78,6 +75,9 @@ func Open(ctx context.Context, cfg Config) (_ *Authority, err error) {
 	}()
 	if err := a.load(ctx); err != nil {
 		return nil, fmt.Errorf("ca: %w", err)
+	}
+	if err := a.metrics.register(cfg.Registerer); err != nil {
+		return nil, fmt.Errorf("ca: metrics: %w", err)
 	}
 	return a, nil
 }

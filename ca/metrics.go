@@ -14,7 +14,7 @@ type metrics struct {
 	unconstrained  prometheus.Gauge
 }
 
-func newMetrics(r prometheus.Registerer) (*metrics, error) {
+func newMetrics() *metrics {
 	m := &metrics{
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "castellan_ca_svid_requests_total",
@@ -46,13 +46,17 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		}),
 	}
 	m.issuedOK = m.issued.WithLabelValues("issued")
+	return m
+}
+
+func (m *metrics) register(r prometheus.Registerer) error {
 	if r == nil {
-		return m, nil
+		return nil
 	}
 	for _, c := range []prometheus.Collector{m.issued, m.byUnnamed, m.jwts, m.renewals, m.notAfter, m.bundleSequence, m.unconstrained} {
 		if err := r.Register(c); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return m, nil
+	return nil
 }
