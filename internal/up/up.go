@@ -71,6 +71,8 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := m.prepare(); err != nil {
 		return err
 	}
+	// Nobody is to be led to a mesh that has ended.
+	defer os.Remove(m.layout.path("up.json"))
 	sup := newSupervisor(m.log, m.layout.path("logs"))
 	return run.All(ctx,
 		sup.Run,
