@@ -202,12 +202,17 @@ func (c *compiler) providers(docs []policy.Document, tcp bool) resolved {
 		if !slices.Contains(found, name) {
 			found = append(found, name)
 		}
+		known := slices.ContainsFunc(c.cfg.Mesh.ExtensionProviders, func(p policy.ExtensionProvider) bool { return p.Name == name })
 		reason := ""
 		switch {
-		case !slices.ContainsFunc(c.cfg.Mesh.ExtensionProviders, func(p policy.ExtensionProvider) bool { return name != "" && p.Name == name }):
-			reason = "not among the mesh's extensionProviders; what its rules match is denied"
+		case name == "":
+			reason = "required; what its rules match is denied"
 		case len(found) > 1:
 			reason = "a workload has one provider; what CUSTOM rules match is denied"
+		case !known:
+			// Of the mesh settings, not of the document: admission warns.
+			ok = false
+			continue
 		default:
 			continue
 		}
