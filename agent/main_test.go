@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -107,6 +108,16 @@ func start(t *testing.T, s *agenttest.Server, cfg config.Agent) *node {
 			t.Log(n.logs.String())
 		}
 	})
+	// A client that comes before the socket would see an error that tests look for.
+	for _, w := range cfg.Workloads {
+		eventually(t, func() error {
+			c, err := net.Dial("unix", w.Socket)
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+	}
 	return n
 }
 

@@ -126,6 +126,40 @@ func (f *Follower) Run(ctx context.Context) error {
 	defer cancel()
 	beside.Go(func() { f.Reports.run(ctx, f.report) })
 	beside.Go(func() { f.distrust(ctx) })
+	for ctx.Err() == nil {
+		if err := f.followOnce(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// followOnce follows with one certificate. When the agent has a newer one the
+// stream is opened again with it, without a pause and before the server has to
+// end it because the old one expired; what has been received stays.
+func (f *Follower) followOnce(parent context.Context) error {
+	ctx, cancel := context.WithCancel(parent)
+	defer cancel()
+	own, err := f.ownSVID(ctx)
+	if err != nil {
+		return nil // the end, before the first certificate
+	}
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	watching.Go(func() {
+		defer cancel()
+		for {
+			now, changed := f.cfg.Own.Current()
+			if now.SVID != nil && now.SVID.Serial != own.Serial {
+				return
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
 	return f.client.Run(ctx)
 }
 
@@ -168,10 +202,12 @@ func (f *Follower) View() *View { return f.tables.view() }
 func (f *Follower) open(ctx context.Context) (xds.DeltaClientStream, error) {
 	conn, err := f.dial(ctx, &f.streaming)
 	if err != nil {
+		f.lost()
 		return nil, err
 	}
 	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx, grpc.MaxCallRecvMsgSize(maxResponse))
 	if err != nil {
+		f.lost()
 		f.judge(&f.streaming, conn, err)
 		return nil, fmt.Errorf("upstream: opening the discovery stream: %w", err)
 	}
@@ -255,20 +291,28 @@ type followed struct {
 	answered bool
 }
 
+// lost notes that there is no server.
+func (f *Follower) lost() {
+	f.connected.Store(false)
+	f.gauge.Set(0)
+}
+
 // Recv notes whether there is a server.
 func (s *followed) Recv() (*discoveryv3.DeltaDiscoveryResponse, error) {
 	resp, err := s.AggregatedDiscoveryService_DeltaAggregatedResourcesClient.Recv()
 	f := s.follower
 	switch {
+	case status.Code(err) == codes.Canceled:
+		// Ended by us: to be opened again at once, or because all ends.
 	case err != nil:
-		f.connected.Store(false)
-		f.gauge.Set(0)
+		f.lost()
 		f.judge(&f.streaming, s.conn, err)
 	case !s.answered:
 		s.answered = true
-		f.connected.Store(true)
 		f.gauge.Set(1)
-		f.cfg.Log.Info("following the server", "node", f.cfg.Node)
+		if !f.connected.Swap(true) {
+			f.cfg.Log.Info("following the server", "node", f.cfg.Node)
+		}
 		f.cfg.Reached()
 		f.Reports.resend()
 	}
