@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,7 +27,6 @@ import (
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -221,6 +221,26 @@ func (a *agent) deny(d *castellanv1.Denylist) {
 	a.table.Set(deniedType, xds.NewSnapshot(resource(a.t, "default", d)))
 }
 
+// settled waits until the proxy has acknowledged everything published.
+func (a *agent) settled() {
+	a.t.Helper()
+	eventually(a.t, "everything acknowledged", func() bool {
+		acked := map[string]string{}
+		for _, r := range a.recorder.Records() {
+			acked[r.TypeURL+r.Name] = r.Acked
+		}
+		for _, typeURL := range []string{secretType, policyType, serviceType, jwksType, deniedType} {
+			snapshot, _ := a.table.Resources(typeURL)
+			for name, r := range snapshot {
+				if acked[typeURL+name] != r.Version {
+					return false
+				}
+			}
+		}
+		return true
+	})
+}
+
 // buffer is a log that may be read while it is written.
 type buffer struct {
 	mu sync.Mutex
@@ -312,7 +332,10 @@ func start(t testing.TB, a *agent, app string, options ...option) *running {
 
 func (r *running) ready() *running {
 	r.t.Helper()
-	eventually(r.t, "identity and policy", func() bool { return r.CheckIdentity() == nil && r.CheckPolicy() == nil })
+	r.agent.settled()
+	if err := errors.Join(r.CheckIdentity(), r.CheckPolicy()); err != nil {
+		r.t.Fatal(err)
+	}
 	return r
 }
 
@@ -356,8 +379,6 @@ func (r *running) metric(name string) float64 {
 	}
 	return sum
 }
-
-var _ = testutil.ToFloat64
 
 // echo is an application that answers what it was asked, as JSON.
 type echo struct {

@@ -190,12 +190,13 @@ func (in *inbound) serveHTTP(ctx context.Context, conn net.Conn, l *live, h2 boo
 	in.p.watch(l, func() { served.Serve(ctx) })
 }
 
-// watch registers l while f runs; a connection that stopped being acceptable
-// since it was judged first is closed, by the same judgement as later ones.
+// watch registers l while f runs. A connection that stopped being acceptable
+// since it was judged first is closed, by the same judgement as later ones; that
+// of policy is f's own to take, after registering.
 func (p *Proxy) watch(l *live, f func()) {
 	p.registry.add(l)
 	defer p.registry.remove(l)
-	if reason, err := p.stillAccepted(l, p.store.load()); reason != "" {
+	if reason, err := p.stillAccepted(l, p.store.load()); reason != "" && reason != closedPolicy {
 		p.end(l, reason, err)
 	}
 	f()

@@ -93,9 +93,11 @@ func (p *Proxy) splice(ctx context.Context, client, server net.Conn, l *live) (r
 		if err == nil {
 			err = closeWrite(dst)
 		}
-		if err != nil && !benign(err) {
-			failed.CompareAndSwap(nil, &err)
-			// Nothing can be promised about the other direction any more.
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				failed.CompareAndSwap(nil, &err)
+			}
+			// A side that failed, or that a judgement closed, takes the other with it.
 			client.Close()
 			server.Close()
 		}
@@ -110,11 +112,6 @@ func (p *Proxy) splice(ctx context.Context, client, server net.Conn, l *live) (r
 		}
 	}
 	return up, down, err
-}
-
-// benign errors are how peers end connections they have finished with.
-func benign(err error) bool {
-	return errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF)
 }
 
 // buffers lends small buffers to connections, and large ones to those that fill them.
