@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -119,11 +120,15 @@ func unreadable(file string, err error) FileDocument {
 // parseFile reads every document of a file.
 func parseFile(file string, data []byte) []FileDocument {
 	var docs []FileDocument
-	for _, p := range split(data) {
-		object, err := yaml.YAMLToJSONStrict(p.padded())
+	parts := split(data)
+	if len(parts) > maxDocuments {
+		return []FileDocument{unreadable(file, fmt.Errorf("more than %d documents", maxDocuments))}
+	}
+	for _, p := range parts {
+		object, err := yaml.YAMLToJSONStrict(p.text)
 		if err != nil {
 			docs = append(docs, FileDocument{File: file, Line: p.line, Findings: []authz.Finding{{
-				Severity: authz.SeverityError, Reason: "not YAML: " + strings.TrimPrefix(oneLine(err.Error()), "yaml: ")}}})
+				Severity: authz.SeverityError, Reason: "not YAML: " + p.explain(err)}}})
 			continue
 		}
 		if string(object) == "null" {
@@ -185,9 +190,17 @@ type part struct {
 	from, line int
 }
 
-// padded puts empty lines before the text, so that errors name the file's lines.
-func (p part) padded() []byte {
-	return append(bytes.Repeat([]byte{'\n'}, p.from-1), p.text...)
+// explain makes one line of a YAML error, with the file's line numbers.
+func (p part) explain(err error) string {
+	words := strings.Fields(strings.TrimPrefix(err.Error(), "yaml: "))
+	words = words[:min(len(words), 40)] // it may list every line of the file
+	for i, word := range words {
+		digits := strings.TrimSuffix(word, ":")
+		if n, err := strconv.Atoi(digits); err == nil && i > 0 && words[i-1] == "line" {
+			words[i] = strconv.Itoa(n+p.from-1) + word[len(digits):]
+		}
+	}
+	return strings.Join(words, " ")
 }
 
 // split cuts a file at its document markers ("---" and "..." at the start of a
@@ -231,5 +244,3 @@ func marker(line []byte) (rest []byte, ok bool) {
 	}
 	return nil, false
 }
-
-func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
