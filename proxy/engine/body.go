@@ -55,7 +55,8 @@ type bodyIn struct {
 	total  int64 // payload bytes read
 	excess int64
 	fields []Field
-	size   int // bytes of trailers
+	size   int   // bytes of trailers
+	err    error // lasting: what came after it cannot be trusted
 }
 
 // begin readies b for a body of the given framing.
@@ -67,10 +68,10 @@ func (b *bodyIn) begin(w *wire, mode bodyMode, length int64) {
 	}
 }
 
-func (b *bodyIn) finished() bool   { return b.done }
+func (b *bodyIn) finished() bool   { return b.done && (b.err == nil || b.err == io.EOF) }
 func (b *bodyIn) trailer() []Field { return b.fields }
 
-func (b *bodyIn) ready() bool { return b.done || b.wire.buffered() > 0 }
+func (b *bodyIn) ready() bool { return b.done || b.err != nil || b.wire.buffered() > 0 }
 
 // inline returns the body if all of it is buffered already and its length known.
 func (b *bodyIn) inline() ([]byte, bool) {
@@ -93,6 +94,9 @@ func (b *bodyIn) skipInline() {
 }
 
 func (b *bodyIn) read(p []byte) (int, error) {
+	if b.err != nil {
+		return 0, b.err
+	}
 	if b.done {
 		return 0, io.EOF
 	}
@@ -114,11 +118,12 @@ func (b *bodyIn) read(p []byte) (int, error) {
 		n, err = b.readChunks(p)
 	}
 	b.total += int64(n)
-	if n > 0 {
-		return n, nil // a lasting error comes again
-	}
 	if err == io.EOF && !b.done {
 		err = io.ErrUnexpectedEOF
+	}
+	b.err = err
+	if n > 0 {
+		return n, nil // the error comes with the next read
 	}
 	return n, err
 }

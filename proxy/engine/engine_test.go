@@ -140,7 +140,7 @@ func connect(t testing.TB, addr string) *client {
 
 func (c *client) send(format string, args ...any) {
 	c.t.Helper()
-	if len(args) > 0 {
+	if len(args) > 0 { // a format
 		format = fmt.Sprintf(format, args...)
 	}
 	if _, err := io.WriteString(c, format); err != nil {
