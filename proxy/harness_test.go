@@ -502,3 +502,5 @@ spec:
     to: [{operation: {methods: ["GET"]}}]
 ---
 `
+
+func newRegistry() *prometheus.Registry { return prometheus.NewRegistry() }

@@ -297,5 +297,5 @@ func TestUndeclaredPort(t *testing.T) {
 	binary.echo("\x00binary")
 	binary.conn.Close()
 	r.logged(`"protocol":"TCP"`)
-	dialTLS(t, r.inbound, cert).echo("Get / is not how a method is written")
+	dialTLS(t, r.inbound, cert).echo("Get / no method")
 }
