@@ -38,7 +38,6 @@ func NewGRPC(tlsConfig *tls.Config, gate *Gate, more ...grpc.ServerOption) *grpc
 		// Kept goroutines keep their grown stacks: signing runs deep, and growing a
 		// fresh stack for every call costs about a fortieth of it.
 		grpc.NumStreamWorkers(uint32(4 * runtime.GOMAXPROCS(0))),
-		grpc.SharedWriteBuffer(true),
 		// ztunnel pings every 30 s; gRPC's default of 5 minutes would end its connections.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 15 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleTimeout, Time: time.Minute, Timeout: 20 * time.Second}),
