@@ -110,6 +110,9 @@ type Request struct {
 
 // Issue asks for a certificate and returns it after checking it.
 func (c *Client) Issue(ctx context.Context, r Request) (*Answer, error) {
+	if r.Workload.TrustDomain() != c.cfg.TrustDomain {
+		return nil, fmt.Errorf("caclient: %q is not of trust domain %q", r.Workload, c.cfg.TrustDomain.Name())
+	}
 	// The request carries no name: the token decides, and the answer is checked
 	// against the name that was expected.
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, r.Key)

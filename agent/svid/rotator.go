@@ -61,6 +61,7 @@ type entry struct {
 	identity Identity
 	source   *Source
 	svid     *SVID
+	answer   *caclient.Answer // svid came with it
 	life     time.Duration // of svid
 	due      moment
 	failures int
@@ -117,7 +118,7 @@ func (r *Rotator) Remove(s *Source) {
 		return
 	}
 	delete(r.entries, s)
-	e.svid, e.problem = nil, &caclient.Error{Kind: caclient.Refused, Err: errors.New("workload removed")}
+	e.svid, e.answer, e.problem = nil, nil, &caclient.Error{Kind: caclient.Refused, Err: errors.New("workload removed")}
 	r.publish(e)
 }
 
@@ -253,7 +254,7 @@ func (r *Rotator) renew(ctx context.Context, e *entry) {
 		r.failed(e, err)
 		return
 	}
-	e.svid, e.life, e.failures, e.problem = next, max(next.lifetime(), 0), 0, nil
+	e.svid, e.answer, e.life, e.failures, e.problem = next, answer, max(next.lifetime(), 0), 0, nil
 	e.due = r.moment().after(halfLife(e.life, random()))
 	r.trustAnswer(answer)
 	r.publish(e)
@@ -327,7 +328,11 @@ func (r *Rotator) failed(e *entry, err error) {
 	wait := retryWait(err, e.failures, life, random())
 	e.due = r.moment().after(wait)
 	r.publish(e)
-	attrs := []any{"account", e.identity.Account.String(), "kind", caclient.KindOf(err).String(), "error", err,
+	account := e.identity.Account
+	if account.IsZero() {
+		account = e.workload.Account() // the agent's own
+	}
+	attrs := []any{"account", account.String(), "kind", caclient.KindOf(err).String(), "error", err,
 		"failures", e.failures, "retry_in", wait.Round(time.Millisecond).String()}
 	if e.svid != nil {
 		attrs = append(attrs, "not_after", e.svid.NotAfter)

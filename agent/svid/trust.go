@@ -84,7 +84,11 @@ func (r *Rotator) SetBundle(td spiffeid.TrustDomain, roots [][]byte, jwks []byte
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if td == r.trust.domain {
+		old := r.trust.resource
 		r.trust.resource, r.trust.extra = &b, nil
+		if old == nil || !sameRoots(old.X509, roots) {
+			r.renewUntrusted(roots)
+		}
 	} else {
 		next := maps.Clone(r.trust.federated)
 		if next == nil {
@@ -95,6 +99,18 @@ func (r *Rotator) SetBundle(td spiffeid.TrustDomain, roots [][]byte, jwks []byte
 	}
 	r.retrust()
 	return nil
+}
+
+// renewUntrusted brings on the renewal of what no peer will accept any more,
+// because the root it chains to was dropped. Caller holds r.mu.
+func (r *Rotator) renewUntrusted(roots [][]byte) {
+	for _, e := range r.entries {
+		if e.answer != nil && !e.answer.VerifiesUnder(roots) {
+			e.due = r.moment()
+			r.cfg.Log.Warn("root dropped from the bundle, renewing what chains to it", "id", e.answer.ID.String())
+		}
+	}
+	r.nudge()
 }
 
 func newBundle(td spiffeid.TrustDomain, roots [][]byte, jwks []byte) (Bundle, error) {

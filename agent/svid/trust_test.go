@@ -69,6 +69,32 @@ func TestRootsOfTheBundleWinOverThoseOfAnswers(t *testing.T) {
 	})
 }
 
+func TestADroppedRootBringsOnTheRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, time.Hour)
+		r, source := rotate(t, i, nil)
+		a, b := i.authority, agenttest.NewAuthority(t, "next")
+		serial := state(source).SVID.Serial
+		for _, bundle := range [][][]byte{roots(a.Root), roots(a.Root, b.Root)} {
+			if err := r.SetBundle(trustDomain(), bundle, nil, 1, 0); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			if state(source).SVID.Serial != serial {
+				t.Error("renewed although its root is still trusted")
+			}
+		}
+		i.set(func(i *issuer) { i.authority = b })
+		if err := r.SetBundle(trustDomain(), roots(b.Root), nil, 2, 0); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if state(source).SVID.Serial == serial {
+			t.Error("not renewed although its root was dropped")
+		}
+	})
+}
+
 func TestBundlesRefused(t *testing.T) {
 	r, err := svid.NewRotator(svid.Config{Issuer: newIssuer(t, time.Hour), TrustDomain: trustDomain()})
 	if err != nil {
