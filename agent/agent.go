@@ -63,7 +63,7 @@ func New(cfg Config) (*Agent, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Now == nil {
-		cfg.Now = time.Now
+		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	td, err := identity.ParseTrustDomain(cfg.Agent.TrustDomain)
 	if err != nil {

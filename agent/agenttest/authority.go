@@ -15,6 +15,9 @@ import (
 	"time"
 )
 
+// now is the real clock, or that of a synctest bubble.
+func now() time.Time { return time.Now() } //nolint:forbidigo // a fake of the server beside it
+
 // Authority is a root with one intermediate that signs leaves.
 type Authority struct {
 	Root, Intermediate       *x509.Certificate
@@ -27,11 +30,11 @@ func NewAuthority(t testing.TB, name string) *Authority {
 	a := &Authority{rootKey: newKey(t), intermediateKey: newKey(t)}
 	a.Root = certify(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: name + " root"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(100 * time.Hour),
+		NotBefore: now().Add(-time.Hour), NotAfter: now().Add(100 * time.Hour),
 	}, nil, a.rootKey.Public(), a.rootKey)
 	a.Intermediate = certify(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: name + " intermediate"}, IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(50 * time.Hour),
+		NotBefore: now().Add(-time.Hour), NotAfter: now().Add(50 * time.Hour),
 	}, a.Root, a.intermediateKey.Public(), a.rootKey)
 	return a
 }
@@ -43,11 +46,11 @@ func (a *Authority) Leaf(t testing.TB, id string, pub crypto.PublicKey, ttl time
 	if err != nil {
 		t.Fatal(err)
 	}
-	now := time.Now()
+	at := now()
 	template := &x509.Certificate{
 		URIs: []*url.URL{uri}, KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		NotBefore:   now.Add(-min(30*time.Second, ttl/10)), NotAfter: now.Add(ttl),
+		NotBefore:   at.Add(-min(30*time.Second, ttl/10)), NotAfter: at.Add(ttl),
 	}
 	if change != nil {
 		change(template)
@@ -73,7 +76,7 @@ func (a *Authority) serving(t testing.TB, key *ecdsa.PrivateKey) *x509.Certifica
 	return certify(t, &x509.Certificate{
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		NotBefore:   time.Now().Add(-time.Hour), NotAfter: time.Now().Add(40 * time.Hour),
+		NotBefore:   now().Add(-time.Hour), NotAfter: now().Add(40 * time.Hour),
 	}, a.Root, key.Public(), a.rootKey)
 }
 

@@ -124,8 +124,11 @@ func makeDirParent(dir string) error {
 	return makeDir(parent)
 }
 
-// lockWait bounds the wait for another agent that is opening a socket here.
-const lockWait = time.Second
+// A lock is tried for a second: another agent may be opening a socket here.
+const (
+	lockTries = 100
+	lockPause = 10 * time.Millisecond
+)
 
 // lockDir keeps two agents from judging the same path at once. The lock goes
 // with the descriptor and leaves nothing behind. Whoever can read the directory
@@ -136,16 +139,18 @@ func lockDir(dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	for deadline := time.Now().Add(lockWait); ; time.Sleep(10 * time.Millisecond) {
+	for range lockTries {
 		err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil || time.Now().After(deadline) {
-			return func() { d.Close() }, nil
+		if err == nil {
+			break
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
 			d.Close()
 			return nil, fmt.Errorf("locking the directory: %w", err)
 		}
+		time.Sleep(lockPause)
 	}
+	return func() { d.Close() }, nil
 }
 
 // clearStale removes a socket nobody listens on.

@@ -76,7 +76,7 @@ func New(cfg Config) (*Client, error) {
 		return nil, errors.New("caclient: no trust domain")
 	}
 	if cfg.Now == nil {
-		cfg.Now = time.Now
+		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)

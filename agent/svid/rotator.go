@@ -62,7 +62,7 @@ type entry struct {
 	source   *Source
 	svid     *SVID
 	answer   *caclient.Answer // svid came with it
-	life     time.Duration // of svid
+	life     time.Duration    // of svid
 	due      moment
 	failures int
 	problem  error
@@ -80,10 +80,10 @@ func NewRotator(cfg Config) (*Rotator, error) {
 		cfg.Concurrency = defaultConcurrency
 	}
 	if cfg.Now == nil {
-		cfg.Now = time.Now
+		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	if cfg.Elapsed == nil {
-		start := time.Now()
+		start := time.Now() //nolint:forbidigo // only its monotonic reading is used
 		cfg.Elapsed = func() time.Duration { return time.Since(start) }
 	}
 	if cfg.Log == nil {
