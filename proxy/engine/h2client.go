@@ -157,6 +157,8 @@ func (x *exchange) h2Head(res *http.Response) {
 	s.mode = untilClose
 	if bodyless(x.req.Method, res.StatusCode) {
 		s.mode = noBody
+	} else if len(res.Trailer) > 0 {
+		s.length = -1 // HTTP/1 has trailers only after chunks
 	}
 	for name, values := range res.Header {
 		if kindOf(name) != endToEnd {
