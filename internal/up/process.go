@@ -207,7 +207,7 @@ func (c *child) loop() {
 		} else {
 			c.sup.log.Error("part could not be started", "part", c.process.name, "error", err)
 		}
-		if time.Since(began) > longLife { //nolint:forbidigo // as above
+		if time.Since(began) > longLife {
 			backoff = minBackoff
 		}
 		select {
@@ -265,10 +265,10 @@ func (c *child) wait(cmd *exec.Cmd) bool {
 	case <-c.stop:
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		select {
-		case <-exited:
+		case <-exited: // how it ended on request is of no interest
 		case <-time.After(stopGrace):
 			_ = cmd.Process.Kill()
-			<-exited
+			_ = <-exited
 		}
 		return true
 	}
