@@ -18,8 +18,9 @@ import (
 )
 
 const (
-	maxNamespace = 63  // RFC 1123 label
-	maxAccount   = 253 // RFC 1123 subdomain
+	maxNamespace   = 63  // RFC 1123 label
+	maxAccount     = 253 // RFC 1123 subdomain
+	maxTrustDomain = 255 // SPIFFE-ID 2.1, which go-spiffe leaves to its callers
 )
 
 // Workload is a namespace and service account within a trust domain. It is a
@@ -47,6 +48,9 @@ func FromID(id spiffeid.ID) (Workload, error) {
 	ns, sa, ok := segments(id.Path())
 	if id.IsZero() || !ok {
 		return Workload{}, fmt.Errorf("identity: %q is not of the form spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT", id)
+	}
+	if len(id.TrustDomain().Name()) > maxTrustDomain {
+		return Workload{}, fmt.Errorf("identity: trust domain of %d bytes, at most %d are allowed", len(id.TrustDomain().Name()), maxTrustDomain)
 	}
 	account, err := NewAccount(ns, sa)
 	if err != nil {
@@ -181,6 +185,9 @@ func ParseTrustDomain(s string) (spiffeid.TrustDomain, error) {
 	if err != nil {
 		return spiffeid.TrustDomain{}, fmt.Errorf("identity: trust domain %q: %w", s, err)
 	}
+	if len(td.Name()) > maxTrustDomain {
+		return spiffeid.TrustDomain{}, fmt.Errorf("identity: trust domain of %d bytes, at most %d are allowed", len(td.Name()), maxTrustDomain)
+	}
 	if _, err := netip.ParseAddr(td.Name()); err == nil || allNumeric(td.Name()) {
 		return spiffeid.TrustDomain{}, fmt.Errorf("identity: trust domain %q looks like an IP address; choose a name such as \"cluster.local\"", s)
 	}
@@ -219,6 +226,9 @@ func FromCertificate(cert *x509.Certificate) (spiffeid.ID, error) {
 	id, err := spiffeid.FromURI(cert.URIs[0])
 	if err != nil {
 		return spiffeid.ID{}, fmt.Errorf("identity: URI SAN %q: %w", cert.URIs[0], err)
+	}
+	if len(id.TrustDomain().Name()) > maxTrustDomain {
+		return spiffeid.ID{}, fmt.Errorf("identity: trust domain of %d bytes, at most %d are allowed", len(id.TrustDomain().Name()), maxTrustDomain)
 	}
 	if id.Path() == "" {
 		return spiffeid.ID{}, fmt.Errorf("identity: %q names a trust domain, not a workload", id)

@@ -17,7 +17,7 @@ import (
 // engine must be the reference's. Each draw asks a few dozen questions, so that
 // a plain run compares some thousands.
 func TestEngineEqualsReference(t *testing.T) {
-	for range 10 {
+	for range rounds {
 		rapid.Check(t, compare)
 	}
 }
