@@ -67,6 +67,13 @@ type poolKeys struct {
 	http1, h2 string
 }
 
+func (k *poolKeys) key(w wire) string {
+	if w == wireHTTP2 {
+		return k.h2
+	}
+	return k.http1
+}
+
 // port returns the port of that number, the first when number is 0.
 func (s *service) port(number uint16) *servicePort {
 	if s == nil {

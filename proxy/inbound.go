@@ -161,8 +161,12 @@ func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol) (protocol, error)
 		*conn = first
 	}
 	if declared != undeclared {
-		wait := p.cfg.Proxy.Limits.IdleTimeout.Or(5 * time.Minute)
-		err := first.fill(func(b []byte) bool { _, sure := isPreface(b); return len(b) > 0 && sure }, p.now().Add(wait))
+		// The first byte may be long in coming, the rest of a head may not.
+		limit := p.cfg.Proxy.Limits
+		err := first.fill(func(b []byte) bool { return len(b) > 0 }, p.now().Add(limit.IdleTimeout.Or(5*time.Minute)))
+		if err == nil {
+			err = first.fill(func(b []byte) bool { _, sure := isPreface(b); return sure }, p.now().Add(limit.HeaderTimeout.Or(10*time.Second)))
+		}
 		if yes, _ := isPreface(first.prefix[:first.length]); yes {
 			return speaksHTTP2, err
 		}

@@ -37,12 +37,8 @@ func (s *outboundSession) Begin(r *engine.Request) engine.Verdict {
 	// Who called whom is the receiving proxy's to say.
 	x.remove = append(x.remove, headerXFCC)
 	v := engine.Verdict{Remove: x.remove}
-	keys := x.endpoint.pool(st.serial)
-	if s.carries(x, r) == wireHTTP2 {
-		v.Upstream = engine.Upstream{Key: keys.h2, H2: true}
-	} else {
-		v.Upstream = engine.Upstream{Key: keys.http1}
-	}
+	w := s.carries(x, r)
+	v.Upstream = engine.Upstream{Key: x.endpoint.pool(st.serial).key(w), H2: w == wireHTTP2}
 	return v
 }
 

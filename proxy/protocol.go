@@ -82,7 +82,6 @@ type sniffed uint8
 
 const (
 	sniffedNothing sniffed = iota // more bytes are needed
-	sniffedTLS
 	sniffedHTTP1
 	sniffedHTTP2
 	sniffedOther
@@ -91,9 +90,9 @@ const (
 // maxMethod is the longest method that is taken for one.
 const maxMethod = 20
 
-// sniff tells HTTP by its shape: HTTP/2 by its preface, HTTP/1 by a method and
-// a space. Whoever disguises HTTP as something else gains nothing: rules about
-// HTTP fail closed on TCP (authz 19).
+// sniff tells HTTP by its shape: HTTP/2 by its preface, HTTP/1 by a method, a
+// space and how a target begins. Whoever disguises HTTP as something else gains
+// nothing: rules about HTTP fail closed on TCP (authz 19).
 func sniff(b []byte) sniffed {
 	if len(b) == 0 {
 		return sniffedNothing
@@ -117,8 +116,10 @@ func sniff(b []byte) sniffed {
 	switch {
 	case len(method) == 0 || len(method) > maxMethod:
 		return sniffedOther
-	case i < 0:
+	case i < 0 || i+1 == len(b):
 		return sniffedNothing
+	case bytes.IndexByte([]byte("/*hH"), b[i+1]) < 0: // origin, asterisk or absolute form
+		return sniffedOther
 	}
 	return sniffedHTTP1
 }

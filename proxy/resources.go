@@ -9,6 +9,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -100,7 +102,8 @@ type policyInput struct {
 // protects reports whether the policy is for the workload we are.
 func (p *policyInput) protects(id spiffeid.ID) bool {
 	w, err := identity.FromID(id)
-	return err == nil && w.Account().String() == p.account && w.TrustDomain().Name() == p.trustDomain
+	return err == nil && w.Account().String() == p.account &&
+		(w.TrustDomain().Name() == p.trustDomain || slices.Contains(p.compiled.aliases, w.TrustDomain()))
 }
 
 // compilePolicy makes the policy to enforce, which is never nil, and an error for
@@ -163,6 +166,11 @@ func policyConfig(wp *castellanv1.WorkloadPolicy, into *policyState) (authz.Conf
 	cfg.Workload.Labels = wp.GetLabels()
 	cfg.Workload.Ports = into.ports
 	for _, port := range wp.GetPorts() {
+		if port.GetNumber() == 0 || port.GetNumber() > math.MaxUint16 {
+			// Passed over: such a port cannot be connected to.
+			problems = append(problems, fmt.Sprintf("port %d", port.GetNumber()))
+			continue
+		}
 		into.ports[uint16(port.GetNumber())] = port.GetProtocol()
 	}
 	if len(wp.GetMesh()) > 0 {

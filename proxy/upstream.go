@@ -126,12 +126,16 @@ func (p *Proxy) connect(ctx context.Context, port *servicePort, e *endpoint, w w
 	}
 	u := &upstream{Conn: secured, p: p, port: port, endpoint: e}
 	u.live = &live{side: outboundSide, chain: secured.ConnectionState().PeerCertificates, upstream: u}
-	u.live.closeNow = func() { u.Close() }
-	switch w {
-	case wireHTTP1:
-		u.key, u.live.gracefully = e.pool(serial).http1, u.retire
-	case wireHTTP2:
-		u.key, u.live.gracefully = e.pool(serial).h2, u.retire
+	// The socket itself: a last word of TLS could wait for the peer to take it.
+	u.live.closeNow = func() { secured.NetConn().Close() }
+	if w != wireTCP {
+		u.key = e.pool(serial).key(w)
+		u.live.gracefully = u.retire
+		u.live.closeNow = func() {
+			secured.NetConn().Close()
+			// No request is to find it in the pool.
+			u.retire()
+		}
 	}
 	if u.live.peer, err = p.verifier.Check(u.live.chain); err != nil {
 		conn.Close()

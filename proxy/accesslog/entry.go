@@ -22,16 +22,16 @@ type Entry struct {
 	Destination        string
 	Method, Host, Path string
 	// Status of the response; 0 is left out.
-	Status                       int
-	BytesReceived, BytesSent     int64
-	Duration                     time.Duration
-	GRPCStatus                   string
-	Reason                       string
-	Policy                       string
-	Rule                         int
-	Shadow                       string
-	Error                        error
-	RequestID, TraceParent, User string
+	Status                   int
+	BytesReceived, BytesSent int64
+	Duration                 time.Duration
+	GRPCStatus               string
+	Reason                   string
+	Policy                   string
+	Rule                     int
+	Shadow                   string
+	Error                    error
+	RequestID, TraceParent   string
 }
 
 // append formats e as one line.
@@ -72,7 +72,6 @@ func (e *Entry) append(b []byte, clock *stamp) []byte {
 	if e.Error != nil {
 		b = field(b, `,"error":`, e.Error.Error())
 	}
-	b = field(b, `,"user":`, e.User)
 	b = field(b, `,"requestId":`, e.RequestID)
 	b = field(b, `,"traceparent":`, e.TraceParent)
 	return append(b, "}\n"...)
