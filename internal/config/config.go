@@ -4,15 +4,12 @@
 package config
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"time"
-
-	"sigs.k8s.io/yaml"
 )
 
 // APIVersion is the version of every configuration file.
@@ -54,13 +51,7 @@ func Load(path string, cfg validator) error {
 	if len(data) > maxFile {
 		return fmt.Errorf("config: %s is larger than %d bytes", path, maxFile)
 	}
-	raw, err := yaml.YAMLToJSONStrict(data)
-	if err != nil {
-		return fmt.Errorf("config: %s: %w", path, err)
-	}
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(cfg); err != nil {
+	if err := Unmarshal(data, cfg); err != nil {
 		return fmt.Errorf("config: %s: %w", path, err)
 	}
 	if err := cfg.Validate(); err != nil {

@@ -26,7 +26,8 @@ type Server struct {
 	AdminSocket string `json:"adminSocket,omitempty"`
 	// BundleFile, if set, is where the roots are written as PEM, replaced atomically.
 	BundleFile string `json:"bundleFile,omitempty"`
-	// ServingNames are DNS names and IP addresses of the server's own certificate.
+	// ServingNames are DNS names and IP addresses of the server's own certificate;
+	// default castellan-server.castellan-system.svc, localhost, 127.0.0.1 and ::1.
 	ServingNames []string `json:"servingNames,omitempty"`
 
 	CA          CA          `json:"ca,omitzero"`
@@ -120,6 +121,9 @@ func (s *Server) SetDefaults() {
 	setDefault(&s.RateLimit.PodPerSecond, 2)
 	setDefault(&s.RateLimit.TotalBurst, 20000)
 	setDefault(&s.RateLimit.TotalPerSecond, 5000)
+	if len(s.ServingNames) == 0 {
+		s.ServingNames = []string{"castellan-server.castellan-system.svc", "localhost", "127.0.0.1", "::1"}
+	}
 	if len(s.Attestation.AgentAccounts) == 0 {
 		s.Attestation.AgentAccounts = []string{"castellan-system/castellan-agent"}
 	}

@@ -1,19 +1,16 @@
 package workloads
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"sigs.k8s.io/yaml"
 
 	"castellan.dev/identity"
+	"castellan.dev/internal/config"
 )
 
 const (
@@ -38,18 +35,9 @@ func Parse(data []byte) (*File, error) {
 	if len(data) > maxSize {
 		return nil, fmt.Errorf("workloads: file has %d bytes, %d are allowed", len(data), maxSize)
 	}
-	raw, err := yaml.YAMLToJSONStrict(data)
-	if err != nil {
-		return nil, fmt.Errorf("workloads: %w", err)
-	}
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	dec.DisallowUnknownFields()
 	var doc document
-	if err := dec.Decode(&doc); err != nil {
+	if err := config.Unmarshal(data, &doc); err != nil {
 		return nil, fmt.Errorf("workloads: %w", err)
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return nil, errors.New("workloads: data after the document")
 	}
 	if err := doc.validate(); err != nil {
 		return nil, fmt.Errorf("workloads: %w", err)
