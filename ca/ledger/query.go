@@ -2,10 +2,9 @@ package ledger
 
 import (
 	"context"
-	"database/sql"
-	"errors"
 	"fmt"
 	"iter"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,39 +40,112 @@ func (s *SQLite) flush(ctx context.Context) {
 func (s *SQLite) Query(ctx context.Context, f Filter) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		s.flush(ctx)
-		where, args, err := f.where()
-		if err != nil {
+		if err := s.query(ctx, f, yield); err != nil {
 			yield(Entry{}, err)
-			return
-		}
-		after, left := f.After, f.Limit
-		for {
-			page := queryPage
-			if f.Limit > 0 {
-				page = min(page, left)
-			}
-			rows, err := s.page(ctx, where, args, after, page)
-			if err != nil {
-				yield(Entry{}, fmt.Errorf("ledger: query: %w", err))
-				return
-			}
-			for _, e := range rows {
-				if !yield(e, nil) {
-					return
-				}
-				after = e.Sequence
-			}
-			left -= len(rows)
-			if len(rows) < page || (f.Limit > 0 && left <= 0) {
-				return
-			}
 		}
 	}
 }
 
-func (s *SQLite) page(ctx context.Context, where string, args []any, after uint64, limit int) ([]Entry, error) {
-	all := append(append(make([]any, 0, len(args)+2), args...), int64(after), limit)
-	rows, err := s.readers.QueryContext(ctx, selectLedger+" WHERE "+where+"seq > ? ORDER BY seq LIMIT ?", all...)
+func (s *SQLite) query(ctx context.Context, f Filter, yield func(Entry, error) bool) error {
+	where, args, err := f.where()
+	if err != nil {
+		return err
+	}
+	candidates, narrowed, err := s.candidates(ctx, f)
+	if err != nil {
+		return fmt.Errorf("ledger: query: %w", err)
+	}
+	after, left := f.After, f.Limit
+	for {
+		var page []Entry
+		var more bool
+		if narrowed {
+			n := min(queryPage, len(candidates))
+			page, err = s.rows(ctx, where+"seq IN (SELECT value FROM json_each(?)) ORDER BY seq", append(args[:len(args):len(args)], jsonArray(candidates[:n])))
+			candidates = candidates[n:]
+			more = len(candidates) > 0
+		} else {
+			page, err = s.rows(ctx, where+"seq > ? ORDER BY seq LIMIT ?", append(args[:len(args):len(args)], int64(after), queryPage))
+			more = len(page) == queryPage
+		}
+		if err != nil {
+			return fmt.Errorf("ledger: query: %w", err)
+		}
+		for _, e := range page {
+			if !yield(e, nil) {
+				return nil
+			}
+			after = e.Sequence
+			if left--; left == 0 {
+				return nil
+			}
+		}
+		if !more {
+			return nil
+		}
+	}
+}
+
+// candidates returns the sequences that the indexes give for f, oldest first,
+// with those of the tail that is not indexed yet, in one look at the database.
+// The second result is false where no index narrows the search.
+func (s *SQLite) candidates(ctx context.Context, f Filter) ([]int64, bool, error) {
+	var q string
+	var args []any
+	if f.Serial != "" {
+		serial, err := packSerial(f.Serial)
+		if err != nil {
+			return nil, false, err
+		}
+		q = `SELECT seq FROM by_serial WHERE serial = ?1 AND seq > ?2
+			UNION SELECT seq FROM intents WHERE seq > (SELECT through FROM indexed) AND serial = ?1 AND seq > ?2`
+		args = []any{serial, int64(f.After)}
+	} else {
+		who := "SELECT id FROM subjects WHERE "
+		for _, c := range f.subject() {
+			if c.value != "" {
+				who += c.cond + " AND "
+				args = append(args, c.value)
+			}
+		}
+		if len(args) == 0 {
+			return nil, false, nil
+		}
+		// The conditions are numbered by place in both halves.
+		q = "WITH who AS (" + who + `TRUE)
+			SELECT seq FROM by_subject WHERE subject IN who AND seq > ?
+			UNION SELECT seq FROM intents WHERE seq > (SELECT through FROM indexed) AND subject IN who AND seq > ?`
+		args = append(args, int64(f.After), int64(f.After))
+	}
+	rows, err := s.readers.QueryContext(ctx, q+" ORDER BY seq", args...)
+	if err != nil {
+		return nil, false, err
+	}
+	defer rows.Close()
+	var list []int64
+	for rows.Next() {
+		var seq int64
+		if err := rows.Scan(&seq); err != nil {
+			return nil, false, err
+		}
+		list = append(list, seq)
+	}
+	return list, true, rows.Err()
+}
+
+func jsonArray(list []int64) string {
+	b := []byte{'['}
+	for i, n := range list {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendInt(b, n, 10)
+	}
+	return string(append(b, ']'))
+}
+
+func (s *SQLite) rows(ctx context.Context, where string, args []any) ([]Entry, error) {
+	rows, err := s.readers.QueryContext(ctx, selectLedger+" WHERE "+where, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -87,6 +159,17 @@ func (s *SQLite) page(ctx context.Context, where string, args []any, after uint6
 		page = append(page, e)
 	}
 	return page, rows.Err()
+}
+
+// condition is one comparison of a text column.
+type condition struct{ cond, value string }
+
+func (f Filter) subject() []condition {
+	id := ""
+	if !f.SPIFFEID.IsZero() {
+		id = f.SPIFFEID.String()
+	}
+	return []condition{{"spiffe_id = ?", id}, {"pod_uid = ?", f.PodUID}, {"node = ?", f.Node}}
 }
 
 // where builds the condition; it ends with "AND " unless empty. No text of the
@@ -105,10 +188,7 @@ func (f Filter) where() (string, []any, error) {
 		}
 		add("serial = ?", serial)
 	}
-	if !f.SPIFFEID.IsZero() {
-		add("spiffe_id = ?", f.SPIFFEID.String())
-	}
-	for _, c := range []struct{ cond, value string }{{"pod_uid = ?", f.PodUID}, {"node = ?", f.Node}, {"attestor = ?", f.Attestor}} {
+	for _, c := range append(f.subject(), condition{"attestor = ?", f.Attestor}) {
 		if c.value != "" {
 			add(c.cond, c.value)
 		}
@@ -130,19 +210,13 @@ func (f Filter) where() (string, []any, error) {
 
 // BySerial implements Reader.
 func (s *SQLite) BySerial(ctx context.Context, serial string) (Entry, error) {
-	packed, err := packSerial(serial)
-	if err != nil {
-		return Entry{}, err
+	if serial == "" { // which would select everything
+		return Entry{}, fmt.Errorf("%w without a serial", ErrNotFound)
 	}
-	s.flush(ctx)
-	e, err := scan(s.readers.QueryRowContext(ctx, selectLedger+" WHERE serial = ? ORDER BY seq LIMIT 1", packed))
-	if errors.Is(err, sql.ErrNoRows) {
-		return Entry{}, fmt.Errorf("%w of serial %s", ErrNotFound, serial)
+	for e, err := range s.Query(ctx, Filter{Serial: serial, Limit: 1}) {
+		return e, err
 	}
-	if err != nil {
-		return Entry{}, fmt.Errorf("ledger: query: %w", err)
-	}
-	return e, nil
+	return Entry{}, fmt.Errorf("%w of serial %s", ErrNotFound, serial)
 }
 
 // Rows implements Reader. Sequences are dense: rows are never removed.

@@ -111,7 +111,7 @@ func (s *SQLite) open(ctx context.Context, path string) error {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	pragmas := url.Values{"_pragma": {"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "cache_size(-8192)"}, "_txlock": {"immediate"}}
+	pragmas := url.Values{"_pragma": {"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "cache_size(-8192)", "temp_store(MEMORY)", "wal_autocheckpoint(4000)"}, "_txlock": {"immediate"}}
 	if s.db, err = sql.Open("sqlite", (&url.URL{Scheme: "file", Path: path, RawQuery: pragmas.Encode()}).String()); err != nil {
 		return err
 	}

@@ -43,3 +43,25 @@ func TestMemoryConformance(t *testing.T) {
 		return &ledgertest.Memory{Now: clock.Now}
 	})
 }
+
+// The tail that was not indexed when a process ended is found after a restart,
+// and indexed by the next.
+func TestTailIsFoundAfterRestart(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ledger.db")
+	for round := range 3 {
+		l := open(t, path, nil)
+		for i := range 3 {
+			if _, err := l.Intent(t.Context(), ledgertest.Entry(round*3+i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range round*3 + 3 {
+			if _, err := l.BySerial(t.Context(), ledgertest.Entry(i).Serial); err != nil {
+				t.Errorf("round %d, row %d: %v", round, i, err)
+			}
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

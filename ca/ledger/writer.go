@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -28,8 +29,15 @@ const (
 
 	// resultDelay bounds how long a result waits for an intent to share its commit.
 	resultDelay = 100 * time.Millisecond
+	// indexQuiet is after how many resultDelays without an intent the tail is
+	// indexed.
+	indexQuiet = 10
 	// probeEvery is after how many resultDelays a ledger that failed is tried again.
 	probeEvery = 10
+
+	// indexEvery is how many rows wait at most for the indexes filled in bulk,
+	// and so how long a tail a query scans.
+	indexEvery = 2048
 
 	intentColumns = 9
 	resultColumns = 3
@@ -134,6 +142,7 @@ type writer struct {
 	results  [5]*sql.Stmt
 
 	last     uint64
+	indexed  uint64
 	subjects map[subject]int64
 	issuers  map[string]int64
 	expected int
@@ -161,14 +170,16 @@ func newWriter(ctx context.Context, s *SQLite) (*writer, error) {
 		stmt, err = w.conn.PrepareContext(ctx, q)
 		return stmt
 	}
+	// On a conflict the whole transaction is given up, so "OR ROLLBACK": it spares
+	// SQLite a journal for the statement alone.
 	w.begin, w.commit, w.rollback = prepare("BEGIN IMMEDIATE"), prepare("COMMIT"), prepare("ROLLBACK")
 	for i := range w.intents {
 		rows := 1 << (2 * i)
-		w.intents[i] = prepare("INSERT INTO intents VALUES " + placeholders(rows, intentColumns))
+		w.intents[i] = prepare("INSERT OR ROLLBACK INTO intents VALUES " + placeholders(rows, intentColumns))
 		w.results[i] = prepare("INSERT OR IGNORE INTO results VALUES " + placeholders(rows, resultColumns))
 	}
 	if err == nil {
-		err = w.conn.QueryRowContext(ctx, "SELECT coalesce(max(seq), 0) FROM intents").Scan(&w.last)
+		err = w.conn.QueryRowContext(ctx, "SELECT (SELECT coalesce(max(seq), 0) FROM intents), through FROM indexed").Scan(&w.last, &w.indexed)
 	}
 	if err != nil {
 		w.close()
@@ -187,11 +198,15 @@ func (w *writer) run() {
 	defer w.close()
 	late := time.NewTicker(resultDelay)
 	defer late.Stop()
-	probe := 0
+	probe, quiet := 0, 0
 	for {
 		select {
 		case first := <-w.s.queue:
 			w.group(first)
+			quiet = 0
+			if w.last-w.indexed >= indexEvery {
+				w.index()
+			}
 		case done := <-w.s.flushes:
 			w.write(nil)
 			close(done)
@@ -202,6 +217,9 @@ func (w *writer) run() {
 			if (w.s.hasResults() && w.s.Healthy() == nil) || probe >= probeEvery {
 				probe = 0
 				w.write(nil)
+			}
+			if quiet++; quiet == indexQuiet {
+				w.index()
 			}
 		case <-w.s.stop:
 			w.write(nil)
@@ -274,25 +292,39 @@ func (w *writer) drain(batch []*intent) []*intent {
 	return batch
 }
 
+// linger waits for the expected, as long as they keep coming.
 func (w *writer) linger(batch []*intent) []*intent {
 	end := time.NewTimer(lingerTotal)
 	defer end.Stop()
 	gap := time.NewTimer(lingerGap)
 	defer gap.Stop()
 	for len(batch) < w.expected {
+		// Callers that could run have been waiting for the processor, not for
+		// anything else: their turn comes before the timers are asked.
+		runtime.Gosched()
+		before := len(batch)
+		if batch = w.drain(batch); len(batch) > before {
+			gap.Reset(lingerGap)
+			continue
+		}
 		select {
 		case in := <-w.s.queue:
 			batch = append(batch, in)
 			gap.Reset(lingerGap)
 		case <-gap.C:
-			return batch
+			runtime.Gosched()
+			before = len(batch)
+			if batch = w.drain(batch); len(batch) == before {
+				return batch
+			}
+			gap.Reset(lingerGap)
 		case <-end.C:
-			return batch
+			return w.drain(batch)
 		case <-w.s.stop:
 			return batch
 		}
 	}
-	return w.drain(batch)
+	return batch
 }
 
 // write commits the intents and every waiting result. On any error nothing of it
@@ -352,6 +384,38 @@ func (w *writer) transaction(batch []*intent, results []pendingResult) (err erro
 	}
 	w.last += uint64(len(batch))
 	return nil
+}
+
+// index fills the indexes that are not worth a page per signature, in order and
+// so at a fraction of the cost. Rows are complete without them, so an error only
+// leaves a longer tail to scan.
+func (w *writer) index() {
+	if w.indexed == w.last || w.broken != nil || w.s.Healthy() != nil {
+		return
+	}
+	ctx := context.Background()
+	tx, err := w.conn.BeginTx(ctx, nil)
+	if err == nil {
+		for _, q := range []string{
+			"INSERT INTO by_serial SELECT serial, seq FROM intents WHERE seq > ?1 AND seq <= ?2 ORDER BY serial",
+			"INSERT INTO by_subject SELECT subject, seq FROM intents WHERE seq > ?1 AND seq <= ?2 ORDER BY subject, seq",
+			"UPDATE indexed SET through = ?2 WHERE ?1 = through",
+		} {
+			if _, err = tx.ExecContext(ctx, q, int64(w.indexed), int64(w.last)); err != nil {
+				break
+			}
+		}
+		if err == nil {
+			err = tx.Commit()
+		} else {
+			_ = tx.Rollback() // the error that counts is the first
+		}
+	}
+	if err != nil {
+		w.s.log.Error("ledger cannot be indexed; queries are slower", "error", err, "rows", w.last-w.indexed)
+		return
+	}
+	w.indexed = w.last
 }
 
 func (w *writer) insertIntents(ctx context.Context, batch []*intent) error {

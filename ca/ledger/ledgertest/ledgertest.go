@@ -3,6 +3,7 @@
 package ledgertest
 
 import (
+	stdcmp "cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -189,7 +190,7 @@ func filters(t *testing.T, l ledger.Ledger, clock *Clock) {
 }
 
 func paging(t *testing.T, l ledger.Ledger, _ *Clock) {
-	const n = 1100 // more than two pages
+	const n = 2600 // several pages, and more than an index may be behind
 	var wg sync.WaitGroup
 	for i := range n {
 		wg.Go(func() {
@@ -208,8 +209,26 @@ func paging(t *testing.T, l ledger.Ledger, _ *Clock) {
 			t.Fatalf("row %d has sequence %d", i, e.Sequence)
 		}
 	}
-	if got := len(collect(t, l, ledger.Filter{Limit: 600})); got != 600 {
-		t.Errorf("limit 600 gave %d", got)
+	for name, c := range map[string]struct {
+		filter ledger.Filter
+		want   int
+	}{
+		"limit":             {ledger.Filter{Limit: 600}, 600},
+		"id":                {ledger.Filter{SPIFFEID: Entry(0).SPIFFEID}, n},
+		"id and limit":      {ledger.Filter{SPIFFEID: Entry(0).SPIFFEID, Limit: 2100}, 2100},
+		"id and after":      {ledger.Filter{SPIFFEID: Entry(0).SPIFFEID, After: 2000}, n - 2000},
+		"pod and attestor":  {ledger.Filter{PodUID: Entry(0).PodUID, Attestor: Entry(0).Attestor}, n},
+		"node and the past": {ledger.Filter{Node: Entry(0).Node, Until: Start}, 0},
+	} {
+		rows := collect(t, l, c.filter)
+		if len(rows) != c.want || !slices.IsSortedFunc(rows, func(a, b ledger.Entry) int { return stdcmp.Compare(a.Sequence, b.Sequence) }) {
+			t.Errorf("%s: %d rows, want %d, oldest first", name, len(rows), c.want)
+		}
+	}
+	for _, i := range []int{0, n / 2, n - 1} {
+		if e, err := l.BySerial(t.Context(), Entry(i).Serial); err != nil || e.Serial != Entry(i).Serial {
+			t.Errorf("row %d by serial: %v", i, err)
+		}
 	}
 	for range l.Query(t.Context(), ledger.Filter{}) {
 		break // a consumer may stop early
