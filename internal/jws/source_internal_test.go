@@ -33,11 +33,14 @@ func testRemote(load func(context.Context) (*KeySet, error)) *Remote {
 func TestSchedule(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
+		var mu sync.Mutex
 		var at []time.Duration
-		failing := false
+		var failing atomic.Bool
 		r := testRemote(func(context.Context) (*KeySet, error) {
+			mu.Lock()
+			defer mu.Unlock()
 			at = append(at, time.Since(start))
-			if failing {
+			if failing.Load() {
 				return nil, errors.New("down")
 			}
 			return someKeys(t, 1), nil
@@ -47,6 +50,8 @@ func TestSchedule(t *testing.T) {
 		go func() { done <- r.Run(ctx) }()
 		check := func(what string, want ...time.Duration) {
 			t.Helper()
+			mu.Lock()
+			defer mu.Unlock()
 			if fmt.Sprint(at) != fmt.Sprint(want) {
 				t.Errorf("%s: loads at %v, want %v", what, at, want)
 			}
@@ -56,7 +61,7 @@ func TestSchedule(t *testing.T) {
 		time.Sleep(41 * m)
 		synctest.Wait()
 		check("authz-28 good", 0, 20*m, 40*m)
-		failing = true
+		failing.Store(true)
 		time.Sleep(5 * time.Hour)
 		synctest.Wait()
 		check("authz-28 failing", 60*m, 61*m, 63*m, 67*m, 75*m, 91*m, 123*m, 183*m, 243*m, 303*m)
@@ -66,7 +71,7 @@ func TestSchedule(t *testing.T) {
 		if r.Err() == nil {
 			t.Error("the failure does not show")
 		}
-		failing = false
+		failing.Store(false)
 		time.Sleep(85 * m)
 		synctest.Wait()
 		check("authz-28 good again", 363*m, 383*m, 403*m, 423*m)
