@@ -87,11 +87,15 @@ type front struct {
 // start serves connections of a loopback listener until the test ends.
 func start(t testing.TB, cfg engine.Config, s *session, h2 bool) *front {
 	t.Helper()
+	return startEngine(t, engine.New(cfg), s, h2)
+}
+
+func startEngine(t testing.TB, e *engine.Engine, s *session, h2 bool) *front {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := engine.New(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {

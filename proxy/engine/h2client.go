@@ -310,7 +310,7 @@ func (x *exchange) watch(to sink, cancel context.CancelCauseFunc) *watchdog {
 	x.act.touch(x.engine.cfg.Now())
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.timer = time.AfterFunc(x.engine.cfg.ResponseTimeout, w.look)
+	w.timer = time.AfterFunc(min(x.engine.cfg.ResponseTimeout, x.engine.cfg.StreamIdleTimeout), w.look)
 	return w
 }
 
