@@ -25,10 +25,12 @@ type Authority struct {
 	cfg      Config
 	dir      string
 	lock     *disk.Lock
-	store    diskStore
-	upstream *local
-	// direct says that the plugged-in CA signs leaves itself.
-	direct  bool
+	store    KeyStore
+	upstream Upstream
+	// direct is a plugged-in CA of path length 0, which signs leaves itself.
+	direct *issuing
+	// unnamed says that direct has no name constraints.
+	unnamed bool
 	metrics *metrics
 
 	state  atomic.Pointer[state]
@@ -86,15 +88,7 @@ func (a *Authority) load(ctx context.Context) (err error) {
 	if err := disk.Sweep(a.dir); err != nil {
 		return err
 	}
-	if a.cfg.ChainDir != "" {
-		a.upstream, a.direct, err = openPlugged(a.cfg)
-	} else {
-		a.upstream, err = openSelfSigned(ctx, a.cfg, a.store)
-	}
-	if err != nil {
-		return err
-	}
-	if err := checkTime(a.upstream.cert, a.cfg.Now()); err != nil {
+	if err := a.openUpstream(ctx); err != nil {
 		return err
 	}
 	if a.jwt, err = openJWT(a.cfg, a.dir, a.metrics); err != nil {
@@ -104,20 +98,48 @@ func (a *Authority) load(ctx context.Context) (err error) {
 		return err
 	}
 	a.issuer = &Issuer{authority: a, lifetimes: a.cfg.lifetimes()}
-	a.warnUnconstrained()
 	if err := a.loadIssuers(ctx); err != nil {
 		return err
 	}
-	return a.renew(ctx)
+	err = a.renew(ctx)
+	if err != nil && a.complete() {
+		// What is due can wait, as it can while running.
+		a.renewalFailed(err)
+		return nil
+	}
+	return err
 }
 
-func (a *Authority) warnUnconstrained() {
-	if a.cfg.ChainDir == "" || constrained(a.upstream.cert) {
-		return
+// complete reports whether everything is there and valid now.
+func (a *Authority) complete() bool {
+	s, now := a.state.Load(), a.cfg.Now()
+	return s.bundle != nil && s.svid.window.holds(now) && (s.servingCert != nil || !a.serves())
+}
+
+func (a *Authority) openUpstream(ctx context.Context) error {
+	if a.cfg.ChainDir == "" {
+		upstream, err := openSelfSigned(ctx, a.cfg, diskStore{a.dir})
+		if err != nil {
+			return err
+		}
+		a.upstream = upstream
+		return nil
 	}
-	a.metrics.unconstrained.Set(1)
-	a.cfg.Log.Warn("the plugged-in CA has no name constraints: whoever steals its key can mint any server's name",
-		"chainDir", a.cfg.ChainDir, "subject", a.upstream.cert.Subject.String(), "signsLeaves", a.direct)
+	plugged, direct, err := openPlugged(a.cfg)
+	if err != nil {
+		return err
+	}
+	a.upstream = plugged
+	if direct {
+		a.direct = plugged.issuing
+	}
+	if !constrained(plugged.cert) {
+		a.unnamed = direct
+		a.metrics.unconstrained.Set(1)
+		a.cfg.Log.Warn("the plugged-in CA has no name constraints: whoever steals its key can mint any server's name",
+			"chainDir", a.cfg.ChainDir, "subject", plugged.cert.Subject.String(), "signsLeaves", direct)
+	}
+	return nil
 }
 
 // Close releases the directory's lock. The ledger stays its owner's.
@@ -189,7 +211,7 @@ func (a *Authority) LeafTTL() time.Duration { return a.cfg.LeafTTL }
 // Ready returns nil when the authority can sign now, else why not.
 func (a *Authority) Ready() error {
 	s, now := a.state.Load(), a.cfg.Now()
-	if err := checkTime(a.upstream.cert, now); err != nil {
+	if err := a.checkUpstream(now); err != nil {
 		return fmt.Errorf("ca: %w", err)
 	}
 	if !s.svid.window.holds(now) {

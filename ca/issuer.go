@@ -89,7 +89,7 @@ func (i *Issuer) issue(ctx context.Context, r Request) (*Issued, error) {
 	if err != nil {
 		return nil, err
 	}
-	if i.authority.direct && !constrained(s.svid.cert) {
+	if i.authority.unnamed {
 		i.authority.metrics.byUnnamed.Inc()
 	}
 	chain := make([][]byte, 0, 1+len(s.svid.chain))

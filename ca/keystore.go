@@ -24,6 +24,8 @@ type KeyStore interface {
 	// Create makes a new key, asks certify for its chain, and returns when both
 	// are durable; until then an older pair of that name stays.
 	Create(name string, certify func(key crypto.Signer) ([]*x509.Certificate, error)) (*KeyPair, error)
+	// Where names the place of a pair, for messages.
+	Where(name string) string
 }
 
 // KeyPair is a key and its chain, own certificate first.
@@ -35,11 +37,12 @@ type KeyPair struct {
 // diskStore keeps each pair in one file, so that no crash can part them.
 type diskStore struct{ dir string }
 
-func (d diskStore) path(name string) string { return filepath.Join(d.dir, name+".pem") }
+// Where implements KeyStore.
+func (d diskStore) Where(name string) string { return filepath.Join(d.dir, name+".pem") }
 
 // Load implements KeyStore.
 func (d diskStore) Load(name string) (*KeyPair, error) {
-	path := d.path(name)
+	path := d.Where(name)
 	data, err := disk.ReadSecret(path)
 	if err != nil {
 		return nil, err
@@ -69,7 +72,7 @@ func (d diskStore) Create(name string, certify func(crypto.Signer) ([]*x509.Cert
 	for _, c := range chain {
 		data = append(data, encodeCertificate(c)...)
 	}
-	if err := disk.Write(d.path(name), data, 0o600); err != nil {
+	if err := disk.Write(d.Where(name), data, 0o600); err != nil {
 		return nil, err
 	}
 	return &KeyPair{Key: key, Chain: chain}, nil

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -34,11 +35,15 @@ func (a *Authority) Run(ctx context.Context) error {
 			return ctx.Err()
 		case <-tick.C:
 			if err := a.renew(ctx); err != nil && ctx.Err() == nil {
-				a.metrics.renewals.WithLabelValues("failed").Inc()
-				a.cfg.Log.Error("renewal failed; what is valid stays in use", "error", err)
+				a.renewalFailed(err)
 			}
 		}
 	}
+}
+
+func (a *Authority) renewalFailed(err error) {
+	a.metrics.renewals.WithLabelValues("failed").Inc()
+	a.cfg.Log.Error("renewal failed; what is valid stays in use", "error", err)
 }
 
 // interval is a small part of the shortest half-life there is.
@@ -49,9 +54,8 @@ func (a *Authority) interval() time.Duration {
 // loadIssuers takes from disk what is there and still fits; renew makes the rest.
 func (a *Authority) loadIssuers(ctx context.Context) error {
 	s := &state{}
-	if a.direct {
-		s.svid = a.upstream.issuing
-		s.serving = a.upstream.issuing
+	if a.direct != nil {
+		s.svid, s.serving = a.direct, a.direct
 		a.state.Store(s)
 		return nil
 	}
@@ -90,7 +94,7 @@ func (a *Authority) loadIssuer(role Role, template templateFunc) (*issuing, erro
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w; remove %s and a new issuer is made under the same root", err, a.store.path(string(role)))
+		return nil, fmt.Errorf("%w; remove %s and a new issuer is made under the same root", err, a.store.Where(string(role)))
 	}
 	i, err := a.asIssuing(pair)
 	if err != nil {
@@ -185,7 +189,7 @@ func (a *Authority) renew(ctx context.Context) error {
 }
 
 func (a *Authority) renewIssuers(ctx context.Context, next *state) error {
-	if a.direct {
+	if a.direct != nil {
 		return nil
 	}
 	var errs []error
@@ -221,15 +225,30 @@ func (a *Authority) due(i *issuing) bool {
 	if i == nil || !i.window.holds(now) {
 		return true
 	}
-	return !now.Before(i.window.halfLife()) && a.upstream.window.notAfter.After(i.window.notAfter)
+	_, end := a.upstream.Window()
+	return !now.Before(i.window.halfLife()) && end.After(i.window.notAfter)
+}
+
+// checkUpstream refuses a time at which nothing under the upstream is valid.
+func (a *Authority) checkUpstream(now time.Time) error {
+	notBefore, notAfter := a.upstream.Window()
+	switch {
+	case now.Before(notBefore):
+		return fmt.Errorf("the root is not valid before %s and it is %s now; has the clock been set back?", notBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	case !now.Before(notAfter):
+		return fmt.Errorf("the root, or what is between it and the issuers, expired at %s and it is %s now; replace it, or correct the clock", notAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 func (a *Authority) makeIssuer(ctx context.Context, role Role, template templateFunc) (*issuing, error) {
 	now := a.cfg.Now()
-	if err := checkTime(a.upstream.cert, now); err != nil {
+	if err := a.checkUpstream(now); err != nil {
 		return nil, err
 	}
-	w, err := validity(now, a.cfg.IntermediateTTL, a.cfg.Backdate, a.upstream.window)
+	var above window
+	above.notBefore, above.notAfter = a.upstream.Window()
+	w, err := validity(now, a.cfg.IntermediateTTL, a.cfg.Backdate, above)
 	if err != nil {
 		return nil, err
 	}
@@ -335,7 +354,7 @@ func (a *Authority) report(s *state) {
 	set := func(role Role, c *x509.Certificate) {
 		a.metrics.notAfter.WithLabelValues(string(role)).Set(float64(c.NotAfter.Unix()))
 	}
-	set(RoleRoot, a.upstream.cert)
+	set(RoleRoot, slices.MinFunc(s.bundle.Roots, func(x, y *x509.Certificate) int { return x.NotAfter.Compare(y.NotAfter) }))
 	set(RoleSVIDIssuer, s.svid.cert)
 	if s.servingCert != nil {
 		set(RoleServingIssuer, s.serving.cert)
@@ -343,13 +362,13 @@ func (a *Authority) report(s *state) {
 	}
 	a.metrics.bundleSequence.Set(float64(s.bundle.Sequence))
 	now := a.cfg.Now()
-	left := a.upstream.window.notAfter.Sub(now)
-	life := a.upstream.window.notAfter.Sub(a.upstream.window.notBefore)
-	if left > max(2*a.cfg.IntermediateTTL, life/5) || (!a.warned.IsZero() && now.Sub(a.warned).Abs() < rootWarning) {
+	notBefore, notAfter := a.upstream.Window()
+	left := notAfter.Sub(now)
+	if left > max(2*a.cfg.IntermediateTTL, notAfter.Sub(notBefore)/5) || (!a.warned.IsZero() && now.Sub(a.warned).Abs() < rootWarning) {
 		return
 	}
 	a.warned = now
-	a.cfg.Log.Warn("the root nears its end; no certificate outlives it", "notAfter", a.upstream.window.notAfter, "left", left.Truncate(time.Second).String())
+	a.cfg.Log.Warn("the root nears its end; no certificate outlives it", "notAfter", notAfter, "left", left.Truncate(time.Second).String())
 }
 
 func netipStrings(ips []netip.Addr) []string {

@@ -24,7 +24,11 @@ type Upstream interface {
 	// to what the upstream has left) and returns its chain without roots. The
 	// key is there so that an upstream elsewhere can be sent a CSR.
 	SignIssuer(ctx context.Context, template *x509.Certificate, key crypto.Signer) ([]*x509.Certificate, error)
+	// Window is when what it signs can be valid.
+	Window() (notBefore, notAfter time.Time)
 }
+
+var _ Upstream = (*local)(nil)
 
 // local is an upstream whose key is here.
 type local struct {
@@ -32,7 +36,11 @@ type local struct {
 	ledger ledger.Recorder
 	above  []*x509.Certificate // from the signing certificate up, without roots
 	roots  []*x509.Certificate
-	role   Role
+}
+
+// Window implements Upstream.
+func (l *local) Window() (notBefore, notAfter time.Time) {
+	return l.window.notBefore, l.window.notAfter
 }
 
 // Roots implements Upstream.
@@ -78,14 +86,17 @@ func openSelfSigned(ctx context.Context, cfg Config, store diskStore) (*local, e
 	}
 	root := pair.Chain[0]
 	if len(pair.Chain) != 1 || !root.IsCA || root.CheckSignatureFrom(root) != nil {
-		return nil, fmt.Errorf("%s does not hold one self-signed root; restore it from a backup", store.path(string(RoleRoot)))
+		return nil, fmt.Errorf("%s does not hold one self-signed root; restore it from a backup", store.Where(string(RoleRoot)))
 	}
 	if len(root.URIs) != 1 || root.URIs[0].String() != cfg.TrustDomain.IDString() {
-		return nil, fmt.Errorf("%s is the root of another trust domain than %q (%v); use another data directory or set trustDomain back", store.path(string(RoleRoot)), cfg.TrustDomain.Name(), root.URIs)
+		return nil, fmt.Errorf("%s is the root of another trust domain than %q (%v); use another data directory or set trustDomain back", store.Where(string(RoleRoot)), cfg.TrustDomain.Name(), root.URIs)
+	}
+	if err := checkTime(root, cfg.Now()); err != nil {
+		return nil, fmt.Errorf("%s: %w", store.Where(string(RoleRoot)), err)
 	}
 	return &local{
 		issuing: &issuing{key: pair.Key, cert: root, window: intersect(root)},
-		ledger:  cfg.Ledger, roots: pair.Chain, role: RoleRoot,
+		ledger:  cfg.Ledger, roots: pair.Chain,
 	}, nil
 }
 
@@ -169,7 +180,7 @@ func openPlugged(cfg Config) (_ *local, direct bool, err error) {
 		signing.chain = append(signing.chain, c.Raw)
 	}
 	direct = cert.MaxPathLen == 0 && cert.MaxPathLenZero
-	return &local{issuing: signing, ledger: cfg.Ledger, above: without, roots: roots, role: RoleRoot}, direct, nil
+	return &local{issuing: signing, ledger: cfg.Ledger, above: without, roots: roots}, direct, nil
 }
 
 func readPlugged(dir string) (cert *x509.Certificate, above, roots []*x509.Certificate, err error) {
