@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -100,21 +99,21 @@ func TestGRPCThroughBothProxies(t *testing.T) {
 	}
 }
 
-func h2Client(t testing.TB, cert *tls.Certificate, addr string) (*http2.ClientConn, net.Conn) {
+// h2Client is one HTTP/2 connection as cert.
+func h2Client(t testing.TB, cert *tls.Certificate, addr string) *http.ClientConn {
 	t.Helper()
-	c, err := tls.Dial("tcp", addr, clientTLS(cert, "h2"))
+	var protocols http.Protocols
+	protocols.SetHTTP2(true)
+	transport := &http.Transport{TLSClientConfig: clientTLS(cert, "h2"), Protocols: &protocols}
+	cc, err := transport.NewClientConn(t.Context(), "https", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cc, err := (&http2.Transport{}).NewClientConn(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cc.Close(); c.Close() })
-	return cc, c
+	t.Cleanup(func() { cc.Close() })
+	return cc
 }
 
-func h2Get(t testing.TB, cc *http2.ClientConn) (int, error) {
+func h2Get(t testing.TB, cc *http.ClientConn) (int, error) {
 	t.Helper()
 	req, _ := http.NewRequest("GET", "https://orders/x", nil)
 	resp, err := cc.RoundTrip(req)
@@ -128,7 +127,7 @@ func h2Get(t testing.TB, cc *http2.ClientConn) (int, error) {
 
 func TestHTTP2Inbound(t *testing.T) {
 	r, ca := mesh(t, strict+frontendMayGet)
-	cc, _ := h2Client(t, ca.Leaf(t, frontend), r.inbound)
+	cc := h2Client(t, ca.Leaf(t, frontend), r.inbound)
 	if status, err := h2Get(t, cc); err != nil || status != 200 {
 		t.Fatalf("%d, %v", status, err)
 	}
@@ -143,21 +142,21 @@ func TestHTTP2Inbound(t *testing.T) {
 // A peer whose certificate expires: HTTP/2 gets GOAWAY.
 func TestPeerExpirySendsGoAway(t *testing.T) {
 	r, ca := mesh(t, strict)
-	cc, _ := h2Client(t, ca.Leaf(t, frontend, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(2 * time.Second).Truncate(time.Second) }), r.inbound)
+	cc := h2Client(t, ca.Leaf(t, frontend, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(2 * time.Second).Truncate(time.Second) }), r.inbound)
 	if status, err := h2Get(t, cc); err != nil || status != 200 {
 		t.Fatalf("%d, %v", status, err)
 	}
-	eventually(t, "GOAWAY", func() bool { return !cc.CanTakeNewRequest() })
+	eventually(t, "GOAWAY", func() bool { return cc.Available() == 0 })
 }
 
 func TestDrainSendsGoAway(t *testing.T) {
 	r, ca := mesh(t, strict)
-	cc, _ := h2Client(t, ca.Leaf(t, frontend), r.inbound)
+	cc := h2Client(t, ca.Leaf(t, frontend), r.inbound)
 	if status, err := h2Get(t, cc); err != nil || status != 200 {
 		t.Fatalf("%d, %v", status, err)
 	}
 	if err := r.stop(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "GOAWAY", func() bool { return !cc.CanTakeNewRequest() })
+	eventually(t, "GOAWAY", func() bool { return cc.Available() == 0 })
 }

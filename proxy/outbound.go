@@ -77,7 +77,7 @@ func (out *outbound) serveTCP(ctx context.Context, conn net.Conn, l *live, sourc
 			if why := up.live.why(); why != "" {
 				e.Reason = why
 			}
-			up.Close()
+			_ = up.Close()
 		}
 		p.metrics.transferred(outboundSide, e.BytesReceived, e.BytesSent)
 		e.Duration = p.now().Sub(e.Start)

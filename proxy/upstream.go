@@ -144,7 +144,7 @@ func (p *Proxy) connect(ctx context.Context, port *servicePort, e *endpoint, w w
 	// Registered first and judged then, so that no change falls between.
 	p.registry.add(u.live)
 	if reason, err := p.stillAccepted(u.live, p.store.load()); reason != "" {
-		u.Close()
+		_ = u.Close()
 		return nil, errors.Join(errors.New(reason), err)
 	}
 	return u, nil

@@ -1,4 +1,5 @@
-// castellan-proxy is the sidecar of one workload.
+// Command castellan-proxy is the sidecar of one workload: mutual TLS, policy and
+// secure naming around an application that knows nothing of them.
 package main
 
 import (
@@ -20,12 +21,10 @@ import (
 
 func main() {
 	ctx, stop := run.WithSignals(context.Background())
-	defer stop()
-	if err := serve(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
-		if !errors.Is(err, flag.ErrHelp) {
-			fmt.Fprintln(os.Stderr, "castellan-proxy:", err)
-		}
-		stop()
+	err := serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "castellan-proxy:", err)
 		os.Exit(1)
 	}
 }
@@ -49,7 +48,11 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer closeAccess()
+	defer func() {
+		if err := closeAccess(); err != nil {
+			log.Warn("closing the access log", "error", err)
+		}
+	}()
 	registry := telemetry.NewRegistry()
 	p, err := proxy.New(proxy.Config{Proxy: cfg, AccessLog: access, Log: log, Registerer: registry})
 	if err != nil {

@@ -26,7 +26,7 @@ func fixed(c *tls.Certificate) tlsconf.Certificate {
 }
 
 // handshake runs both sides over a pipe and returns their errors.
-func handshake(t *testing.T, client, server *tls.Config) (clientErr, serverErr error, cs tls.ConnectionState) {
+func handshake(t *testing.T, client, server *tls.Config) (cs tls.ConnectionState, clientErr, serverErr error) {
 	t.Helper()
 	a, b := net.Pipe()
 	deadline := time.Now().Add(10 * time.Second)
@@ -50,7 +50,7 @@ func handshake(t *testing.T, client, server *tls.Config) (clientErr, serverErr e
 	}
 	a.Close()
 	serverErr = <-done
-	return clientErr, serverErr, cli.ConnectionState()
+	return cli.ConnectionState(), clientErr, serverErr
 }
 
 func TestHandshakeBothWays(t *testing.T) {
@@ -142,7 +142,7 @@ func TestHandshakeBothWays(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			clientErr, serverErr, _ := handshake(t, tt.client, tt.server)
+			_, clientErr, serverErr := handshake(t, tt.client, tt.server)
 			for side, c := range map[string]struct {
 				err  error
 				want string
@@ -165,7 +165,7 @@ func TestNoResumption(t *testing.T) {
 		ClientSessionCache: tls.NewLRUClientSessionCache(4), ServerName: "orders",
 	}
 	for range 2 {
-		clientErr, serverErr, cs := handshake(t, client, server)
+		cs, clientErr, serverErr := handshake(t, client, server)
 		if clientErr != nil || serverErr != nil || cs.DidResume {
 			t.Fatalf("client %v, server %v, resumed %v", clientErr, serverErr, cs.DidResume)
 		}
@@ -200,7 +200,7 @@ func TestNULInURIIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, serverErr, _ := handshake(t,
+	_, _, serverErr := handshake(t,
 		&tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{{Certificate: [][]byte{leaf}, PrivateKey: good.PrivateKey}}},
 		tlsconf.ServerConfig(fixed(root.Leaf(t, orders)), v, tlsconf.ServerOptions{}))
 	if serverErr == nil || !strings.Contains(serverErr.Error(), "invalid control character") {

@@ -78,8 +78,8 @@ func (ca *CA) Leaf(t testing.TB, id string, changes ...Change) *tls.Certificate 
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial(t),
-		NotBefore:    time.Now().Add(-time.Minute),
-		NotAfter:     time.Now().Add(time.Hour),
+		NotBefore:    now().Add(-time.Minute),
+		NotAfter:     now().Add(time.Hour),
 		URIs:         []*url.URL{u},
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
@@ -109,10 +109,16 @@ func Chain(t testing.TB, c *tls.Certificate) []*x509.Certificate {
 	return chain
 }
 
+// now is the real clock: whoever wants other times gives a Change.
+func now() time.Time {
+	now := time.Now
+	return now()
+}
+
 func caTemplate(name string) *x509.Certificate {
 	return &x509.Certificate{
 		Subject:   pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		NotBefore: now().Add(-time.Hour), NotAfter: now().Add(24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
