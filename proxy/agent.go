@@ -226,7 +226,7 @@ func (p *Proxy) applyServices(changed []xds.Resource, removed []string) error {
 			}
 			next[name] = s
 		}
-		in.services = next
+		in.services, in.resolved = next, nil
 	})
 	return errors.Join(errs...)
 }

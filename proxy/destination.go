@@ -43,6 +43,8 @@ type servicePort struct {
 // endpoint is one place where a service port is served.
 type endpoint struct {
 	address string
+	// own is the identity the server gives it, as a string.
+	own string
 	// allowed are the identities accepted there: the endpoint's own, in every
 	// alias of its trust domain, if the service expects it. Empty: nobody (authz 33).
 	allowed []spiffeid.ID
@@ -99,23 +101,15 @@ func resolve(in map[string]*service, trust *tlsconf.Trust) map[string]*service {
 			port.expected = expected
 			port.endpoints = make([]*endpoint, 0, len(p.endpoints))
 			for _, e := range p.endpoints {
-				port.endpoints = append(port.endpoints, &endpoint{address: e.address, allowed: acceptable(s.own(e.address, p.number), expected, trust), endpointHealth: e.endpointHealth})
+				port.endpoints = append(port.endpoints, &endpoint{
+					address: e.address, own: e.own, allowed: acceptable(e.own, expected, trust), endpointHealth: e.endpointHealth,
+				})
 			}
 			next.ports = append(next.ports, &port)
 		}
 		out[name] = next
 	}
 	return out
-}
-
-// own is the identity that the resource gives the endpoint at address.
-func (s *service) own(address string, number uint16) string {
-	for _, e := range s.resource.GetEndpoints() {
-		if endpointAddress(e, number) == address {
-			return e.GetSpiffeId()
-		}
-	}
-	return ""
 }
 
 // acceptable are the identities that may answer at an endpoint: its own, where
@@ -184,27 +178,27 @@ func newService(r *castellanv1.ServiceIdentity, before *service) (*service, erro
 			next: new(atomic.Uint32),
 		}
 		old := before.port(port.number)
-		if old != nil && port.number == old.number {
+		known := map[string]*endpointHealth{}
+		if old != nil {
 			port.next = old.next
+			for _, e := range old.endpoints {
+				known[e.address] = e.endpointHealth
+			}
 		}
 		for _, e := range r.GetEndpoints() {
 			address := endpointAddress(e, port.number)
 			if address == "" {
 				continue
 			}
-			port.endpoints = append(port.endpoints, &endpoint{address: address, endpointHealth: old.health(address)})
+			health := known[address]
+			if health == nil {
+				health = &endpointHealth{}
+			}
+			port.endpoints = append(port.endpoints, &endpoint{address: address, own: e.GetSpiffeId(), endpointHealth: health})
 		}
 		s.ports = append(s.ports, port)
 	}
 	return s, nil
-}
-
-// health returns what is known of the endpoint at address, or a fresh start.
-func (p *servicePort) health(address string) *endpointHealth {
-	if e := p.endpoint(address); e != nil {
-		return e.endpointHealth
-	}
-	return &endpointHealth{}
 }
 
 func (p *servicePort) endpoint(address string) *endpoint {

@@ -75,8 +75,9 @@ type Proxy struct {
 	handshakes chan struct{}
 	registry   registry
 	firstByte  time.Duration
-	// quiet bounds log lines that peers can cause at will.
-	quiet *rate.Limiter
+	// quiet bounds log lines that peers can cause at will, naming those of
+	// destinations that are not who they should be.
+	quiet, naming *rate.Limiter
 
 	// serial is that of the certificate connections were last retired for.
 	serial string
@@ -107,6 +108,7 @@ func New(cfg Config) (*Proxy, error) {
 		handshakes: make(chan struct{}, max(limit.MaxHandshakes, 1)),
 		firstByte:  min(limit.HandshakeTimeout.Or(5*time.Second), 5*time.Second),
 		quiet:      rate.NewLimiter(5, 20),
+		naming:     rate.NewLimiter(10, 50),
 		challenge:  []engine.Field{{Name: "WWW-Authenticate", Value: "Bearer"}},
 		dialer:     net.Dialer{KeepAlive: 30 * time.Second},
 	}

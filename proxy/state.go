@@ -78,7 +78,10 @@ type inputs struct {
 	roots    []*x509.Certificate
 	policies map[string]*policyInput
 	denied   denylist
-	services map[string]*service
+	// services as told; whoever replaces them clears resolved.
+	services    map[string]*service
+	resolved    map[string]*service
+	resolvedFor string
 }
 
 func newStore() *store {
@@ -123,8 +126,21 @@ func (in *inputs) derive() *state {
 	if in.svid != nil && len(in.roots) > 0 {
 		st.trust = in.trust(st.policy)
 	}
-	st.services = resolve(in.services, st.trust)
+	st.services = in.destinations(st.trust)
 	return st
+}
+
+// destinations gives services the identities of the trust at hand; anew only
+// when one of the two changed.
+func (in *inputs) destinations(trust *tlsconf.Trust) map[string]*service {
+	version := ""
+	if trust != nil {
+		version = trust.Version
+	}
+	if in.resolved == nil || in.resolvedFor != version {
+		in.resolved, in.resolvedFor = resolve(in.services, trust), version
+	}
+	return in.resolved
 }
 
 // policy picks the one policy. None, or one for somebody else, leaves

@@ -159,6 +159,9 @@ func (p *Proxy) connectFailure(ctx context.Context, port *servicePort, e *endpoi
 	switch {
 	case errors.As(err, &unexpected):
 		f.Status, f.Reason = 502, failedIdentity
+		if !p.naming.AllowN(p.now(), 1) {
+			return f // the access log still says so for each
+		}
 		p.log.Error("destination is not who is expected there", "service", port.service, "port", port.number, "endpoint", e.address,
 			"peer", unexpected.Got.String(), "expected", e.allowed, "service_expects", port.expected)
 		return f
