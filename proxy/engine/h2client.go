@@ -38,7 +38,7 @@ func (x *exchange) forwardH2(ctx context.Context, from body, to sink) *failure {
 	if err := x.startLocked(to); err != nil {
 		return clientGone(err)
 	}
-	in := &h2Response{x: x, res: res, done: res.Body == http.NoBody || x.res.mode == noBody}
+	in := &h2Response{x: x, res: res, done: x.res.mode == noBody}
 	readErr, writeErr := relay(to, in)
 	x.trailerStatus(in.fields)
 	switch {
@@ -180,8 +180,11 @@ type h2Response struct {
 }
 
 func (b *h2Response) finished() bool   { return b.done }
-func (b *h2Response) ready() bool      { return b.done }
 func (b *h2Response) trailer() []Field { return b.fields }
+
+// ready is true of an empty body, so that the head and the stream's end (a
+// gRPC trailers-only response) stay one frame.
+func (b *h2Response) ready() bool { return b.done || b.res.ContentLength == 0 }
 
 func (b *h2Response) read(p []byte) (int, error) {
 	n, err := b.res.Body.Read(p)
