@@ -32,7 +32,12 @@ func (x *exchange) forwardH2(ctx context.Context, from body, to sink) *failure {
 		return x.h2Failure(w, err)
 	}
 	w.waiting.Store(false)
-	defer res.Body.Close()
+	defer func() {
+		// Close waits for the request's body unless the request has been given up:
+		// a server may end a stream whose client has not.
+		cancel(nil)
+		_ = res.Body.Close()
+	}()
 	x.outcome.FirstByte = x.since()
 	x.h2Head(res)
 	if err := x.startLocked(to); err != nil {
