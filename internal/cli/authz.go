@@ -1,16 +1,18 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"github.com/spf13/cobra"
-	"sigs.k8s.io/yaml"
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
 	"castellan.dev/discovery"
+	"castellan.dev/internal/config"
 )
 
 func (e *env) authzCommand() *cobra.Command {
@@ -35,7 +37,7 @@ func (e *env) validateCommand() *cobra.Command {
 		Use:   "validate -f FILE_OR_DIR…",
 		Short: "Check policies as the server does before it admits them",
 		Long:  "Exit code 0 when every document is valid (warnings are allowed), 3 otherwise.",
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 	}
 	cmd.Flags().StringArrayVarP(&files, "filename", "f", nil, "file or directory of policies, - for standard input (repeats)")
 	cmd.Flags().StringVar(&meshFile, "mesh", "", "mesh settings: YAML with the keys of `mesh:` at top level")
@@ -46,7 +48,7 @@ func (e *env) validateCommand() *cobra.Command {
 			return err
 		}
 		if len(files) == 0 {
-			return invalidf("-f is required: a file or directory of policies")
+			return invalidf("-f is required: a file or directory of policies, or - for standard input")
 		}
 		mesh, err := loadMesh(meshFile, "")
 		if err != nil {
@@ -55,6 +57,9 @@ func (e *env) validateCommand() *cobra.Command {
 		docs, err := e.readPolicies(files, mesh)
 		if err != nil {
 			return err
+		}
+		if len(docs) == 0 {
+			return invalidf("-f: no policy there; files end in .yaml, .yml or .json, and directories below are not read")
 		}
 		if err := e.printDocuments(docs, *format); err != nil {
 			return err
@@ -68,59 +73,65 @@ func (e *env) validateCommand() *cobra.Command {
 func loadMesh(path, trustDomain string) (policy.Mesh, error) {
 	mesh := policy.Mesh{TrustDomain: trustDomain}
 	if path != "" {
-		data, err := os.ReadFile(path)
+		data, err := readNamedFile("--mesh", path)
 		if err != nil {
 			return mesh, err
 		}
-		if err := yaml.UnmarshalStrict(data, &mesh, yaml.DisallowUnknownFields); err != nil {
-			return mesh, invalidf("--mesh %s: %w", path, err)
+		if err := config.Unmarshal(data, &mesh); err != nil {
+			return mesh, invalidf("--mesh %s: %w; the keys of `mesh:` stand at top level", path, err)
 		}
 	}
-	if mesh.TrustDomain == "" {
-		mesh.TrustDomain = "cluster.local"
-	}
-	if mesh.RootNamespace == "" {
-		mesh.RootNamespace = "castellan-system"
-	}
-	if mesh.PathNormalization == "" {
-		mesh.PathNormalization = policy.NormalizeBase
+	if err := config.CheckMesh(&mesh); err != nil {
+		return mesh, invalidf("--mesh %s: %w", path, err)
 	}
 	return mesh, nil
 }
 
-// readPolicies reads and validates every document of the given files and directories.
+// readPolicies reads and validates every document of the given files and
+// directories. A directory may be empty, as a mesh may be without policy; a file
+// that is named and holds none is a mistake.
 func (e *env) readPolicies(paths []string, mesh policy.Mesh) ([]discovery.FileDocument, error) {
 	var docs []discovery.FileDocument
-	for _, p := range paths {
-		path := p
-		if p == "-" {
-			f, err := os.CreateTemp("", "castellan-*.yaml")
-			if err != nil {
-				return nil, err
-			}
-			defer os.Remove(f.Name())
-			_, err = io.Copy(f, io.LimitReader(e.in, maxCertFile))
-			f.Close()
-			if err != nil {
-				return nil, err
-			}
-			path = f.Name()
-		}
-		got, err := discovery.ReadDocuments(path)
+	for _, path := range paths {
+		got, err := e.readPath(path)
 		if err != nil {
 			return nil, err
 		}
-		if len(got) == 0 {
-			return nil, invalidf("%s holds no policy (files end in .yaml, .yml or .json)", p)
-		}
-		for i := range got {
-			if p == "-" {
-				got[i].File = "standard input"
-			}
+		if info, err := os.Stat(path); len(got) == 0 && (err != nil || !info.IsDir()) {
+			return nil, invalidf("-f %s holds no policy", path)
 		}
 		docs = append(docs, got...)
 	}
 	return discovery.Admit(docs, mesh), nil
+}
+
+func (e *env) readPath(path string) ([]discovery.FileDocument, error) {
+	if path != "-" {
+		got, err := discovery.ReadDocuments(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, invalidf("-f %s: there is no such file or directory", path)
+		}
+		return got, err
+	}
+	data, err := readBounded(e.in, "standard input")
+	if err != nil {
+		return nil, err
+	}
+	// Read from a file as any other, so that it is judged as any other.
+	f, err := os.CreateTemp("", "castellan-*.yaml")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(f.Name())
+	_, werr := f.Write(data)
+	if err := errors.Join(werr, f.Close()); err != nil {
+		return nil, err
+	}
+	got, err := discovery.ReadDocuments(f.Name())
+	for i := range got {
+		got[i].File = "standard input"
+	}
+	return got, err
 }
 
 // refusal is the error for documents of which some are refused.

@@ -57,7 +57,7 @@ type caStatusView struct {
 }
 
 func (e *env) caStatusCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "status", Short: "Show the authorities of a running mesh", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "status", Short: "Show the authorities of a running mesh", Args: noArgs}
 	upPath := upFlag(cmd)
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
@@ -136,7 +136,7 @@ func (e *env) caIssuedCommand() *cobra.Command {
 	req := &castellanv1.ListIssuedRequest{}
 	var since, until string
 	cmd := &cobra.Command{
-		Use: "issued", Short: "List what the ledger holds", Args: cobra.NoArgs,
+		Use: "issued", Short: "List what the ledger holds", Args: noArgs,
 		Example: "  castellan ca issued --id spiffe://cluster.local/ns/shop/sa/orders --since 1h",
 	}
 	f := cmd.Flags()

@@ -31,7 +31,7 @@ func (e *env) certFetchCommand() *cobra.Command {
 		Long: `Fetch the X.509-SVID and bundle from a SPIFFE Workload API. With --write they go to
 svid.pem, svid_key.pem (mode 0600) and bundle.pem, each replaced in one step; with
 --watch they are fetched again at every change until Ctrl-C.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	cmd.Flags().StringVar(&socket, "socket", os.Getenv(workloadapi.SocketEnv), "socket (default $"+workloadapi.SocketEnv+")")
 	cmd.Flags().BoolVar(&watch, "watch", false, "go on, at every change")
@@ -124,15 +124,7 @@ func (f fetcher) deliver(c *workloadapi.X509Context) error {
 }
 
 func (f fetcher) print(certs []*x509.Certificate) error {
-	views := describeChain(certs, time.Now()) //nolint:forbidigo // a command line reads the real clock
-	switch f.format {
-	case "pem":
-		return writePEM(f.env.out, certs)
-	case "table":
-		return printChain(f.env.out, views, color(f.env.out))
-	default:
-		return writeData(f.env.out, f.format, views)
-	}
+	return f.env.writeChain(certs, time.Now(), f.format) //nolint:forbidigo // a command line reads the real clock
 }
 
 func encodePEM(certs []*x509.Certificate) []byte {

@@ -31,8 +31,10 @@ func (e *env) certLintCommand() *cobra.Command {
 		Long: `Check every certificate of a chain against the SPIFFE X509-SVID rules and zlint's RFC
 lints. Rules of the web PKI do not apply to SVIDs; --web-pki shows what they would say,
 which changes nothing in the exit code. Exit code 2 when there are findings.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneArg(certSource),
 	}
+	var options tlsOptions
+	options.addFlags(cmd)
 	cmd.Flags().BoolVar(&web, "web-pki", false, "also show what web PKI rules would say")
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
@@ -40,7 +42,9 @@ which changes nothing in the exit code. Exit code 2 when there are findings.`,
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
-		certs, err := e.loadCertificates(cmd.Context(), args[0], "", "")
+		stop := e.progress("reading " + args[0])
+		certs, err := e.loadCertificates(cmd.Context(), args[0], options)
+		stop()
 		if err != nil {
 			return err
 		}

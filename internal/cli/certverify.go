@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"os"
 	"strings"
 	"time"
 
@@ -21,6 +20,11 @@ import (
 // clockSkew is how far ahead a notBefore may lie for a wrong clock to be the likelier cause.
 const clockSkew = 10 * time.Minute
 
+const (
+	hintOrder   = "the leaf must stand first, then what signed it"
+	hintReissue = "ask for it again from an authority that issues SVIDs"
+)
+
 type verifyResult struct {
 	Valid    bool   `json:"valid"`
 	SPIFFEID string `json:"spiffeId,omitempty"`
@@ -32,17 +36,21 @@ type verifyResult struct {
 
 func (e *env) certVerifyCommand() *cobra.Command {
 	var bundle, id string
+	var options tlsOptions
 	cmd := &cobra.Command{
-		Use:     "verify --bundle FILE [--id spiffe://…] FILE",
-		Short:   "Verify an SVID against a bundle, and say why it fails",
+		Use:   "verify --bundle FILE [--id spiffe://…] FILE|-|HOST:PORT|unix:SOCKET",
+		Short: "Verify an SVID against a bundle, and say why it fails",
+		Long: `Verify an X.509-SVID and its chain, leaf first, against the roots of a bundle. Exit
+code 2 where it is not valid, with what is wrong and what to do about it.`,
 		Example: "  castellan cert verify --bundle .castellan/bundle.pem --id spiffe://cluster.local/ns/shop/sa/orders svid.pem",
-		Args:    cobra.ExactArgs(1),
+		Args:    oneArg(certSource),
 	}
 	cmd.Flags().StringVar(&bundle, "bundle", "", "trusted roots: PEM, or a SPIFFE bundle in JSON (required)")
 	cmd.Flags().StringVar(&id, "id", "", "SPIFFE ID that the certificate must have")
+	options.addFlags(cmd)
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
-	cmd.RunE = func(_ *cobra.Command, args []string) error {
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
@@ -60,12 +68,9 @@ func (e *env) certVerifyCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		var chain []*x509.Certificate
-		if args[0] == "-" {
-			chain, err = readCertificates(e.in, "standard input")
-		} else {
-			chain, err = fileCertificates(args[0])
-		}
+		stop := e.progress("reading " + args[0])
+		chain, err := e.loadCertificates(cmd.Context(), args[0], options)
+		stop()
 		if err != nil {
 			return err
 		}
@@ -92,7 +97,7 @@ func (e *env) certVerifyCommand() *cobra.Command {
 // loadBundle reads roots. The trust domain is that of a SPIFFE bundle, or of the
 // roots' own URI SANs where they agree; else it is zero and not compared.
 func loadBundle(path string) ([]*x509.Certificate, spiffeid.TrustDomain, error) {
-	data, err := os.ReadFile(path)
+	data, err := readNamedFile("--bundle", path)
 	if err != nil {
 		return nil, spiffeid.TrustDomain{}, err
 	}
@@ -101,11 +106,14 @@ func loadBundle(path string) ([]*x509.Certificate, spiffeid.TrustDomain, error) 
 		if err != nil {
 			return nil, spiffeid.TrustDomain{}, invalidf("--bundle %s: %w", path, err)
 		}
+		if len(b.X509Authorities()) == 0 {
+			return nil, spiffeid.TrustDomain{}, invalidf("--bundle %s holds no X.509 authority, so nothing can be trusted by it", path)
+		}
 		return b.X509Authorities(), spiffeid.TrustDomain{}, nil
 	}
-	roots, err := readCertificates(bytes.NewReader(data), path)
+	roots, err := parseCertificates(data, path)
 	if err != nil {
-		return nil, spiffeid.TrustDomain{}, err
+		return nil, spiffeid.TrustDomain{}, fmt.Errorf("--bundle: %w", err)
 	}
 	var td spiffeid.TrustDomain
 	for _, r := range roots {
@@ -121,9 +129,9 @@ func loadBundle(path string) ([]*x509.Certificate, spiffeid.TrustDomain, error) 
 	return roots, td, nil
 }
 
-// svidCheck verifies an X509-SVID (X509-SVID 5) step by step, so that the first
-// step that fails can be named. The chain is judged last by crypto/x509, whose
-// word is final: no step before it can accept anything.
+// svidCheck verifies an X509-SVID (X509-SVID 5). The chain is judged by
+// crypto/x509 alone; the steps before and after it can only refuse. Those after
+// find out which of the chain's rules was broken, so that it can be named.
 type svidCheck struct {
 	chain       []*x509.Certificate
 	roots       []*x509.Certificate
@@ -135,11 +143,7 @@ type svidCheck struct {
 func (c svidCheck) run() verifyResult {
 	leaf := c.chain[0]
 	result := verifyResult{}
-	for _, step := range []func() *verifyResult{
-		c.uriSANs, c.leafShape, c.names,
-		func() *verifyResult { return c.times(leaf, "the certificate") },
-		c.path, c.constraints, c.usages, c.final,
-	} {
+	for _, step := range []func() *verifyResult{c.uriSANs, c.leafShape, c.names, c.judge} {
 		if failed := step(); failed != nil {
 			result = *failed
 			break
@@ -152,18 +156,42 @@ func (c svidCheck) run() verifyResult {
 	return result
 }
 
+// judge lets crypto/x509 decide, for both usages; a refusal is then explained.
+func (c svidCheck) judge() *verifyResult {
+	var refused error
+	for _, u := range []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth} {
+		if err := c.verify(u); err != nil {
+			refused = err
+		}
+	}
+	if refused == nil {
+		return nil
+	}
+	for _, step := range []func() *verifyResult{
+		func() *verifyResult { return c.times(c.chain[0], "the certificate") },
+		c.path, c.constraints, c.usages,
+	} {
+		if failed := step(); failed != nil {
+			return failed
+		}
+	}
+	return fail("chain", "see the chain with `castellan cert inspect`", "%v", refused)
+}
+
 func fail(problem, hint, reason string, args ...any) *verifyResult {
 	return &verifyResult{Problem: problem, Hint: hint, Reason: fmt.Sprintf(reason, args...)}
 }
 
 func (c svidCheck) uriSANs() *verifyResult {
 	switch n := len(c.chain[0].URIs); {
+	case n == 0 && c.chain[0].IsCA:
+		return fail("not an SVID", hintOrder, "the first certificate, %s, is an authority's", nameOf(c.chain[0]))
 	case n == 0:
 		return fail("no URI SAN", "an X509-SVID names its workload in a URI SAN; this is an ordinary certificate", "the certificate has no URI SAN, so it names no workload")
 	case n == 2:
-		return fail("two URI SANs", "", "the certificate has two URI SANs (%s); an SVID has exactly one", joinURIs(c.chain[0].URIs))
+		return fail("two URI SANs", hintReissue, "the certificate has two URI SANs (%s); an SVID has exactly one", joinURIs(c.chain[0].URIs))
 	case n > 2:
-		return fail("too many URI SANs", "", "the certificate has %d URI SANs (%s); an SVID has exactly one", n, joinURIs(c.chain[0].URIs))
+		return fail("too many URI SANs", hintReissue, "the certificate has %d URI SANs (%s); an SVID has exactly one", n, joinURIs(c.chain[0].URIs))
 	}
 	return nil
 }
@@ -178,9 +206,9 @@ func joinURIs(uris []*url.URL) string {
 
 func (c svidCheck) leafShape() *verifyResult {
 	if _, err := identity.FromCertificate(c.chain[0]); err != nil {
-		hint := ""
+		hint := hintReissue
 		if c.chain[0].IsCA {
-			hint = "the leaf must stand first in the file"
+			hint = hintOrder
 		}
 		return fail("not an SVID", hint, "%v", err)
 	}
@@ -197,7 +225,7 @@ func (c svidCheck) names() *verifyResult {
 		return fail("wrong trust domain", "use the bundle of the certificate's own trust domain", "the certificate is of trust domain %q, what is trusted is %q", id.TrustDomain(), td)
 	}
 	if !c.want.IsZero() && id != c.want {
-		return fail("wrong SPIFFE ID", "", "the certificate is of %q, asked for was %q", id, c.want)
+		return fail("wrong SPIFFE ID", "is this the right workload's certificate?", "the certificate is of %q, asked for was %q", id, c.want)
 	}
 	return nil
 }
@@ -205,7 +233,7 @@ func (c svidCheck) names() *verifyResult {
 func (c svidCheck) times(cert *x509.Certificate, what string) *verifyResult {
 	switch {
 	case c.now.After(cert.NotAfter):
-		return fail("expired", "renew it; where renewal works, check this machine's clock", "%s expired at %s, %s ago", what, cert.NotAfter.UTC().Format(time.RFC3339), humanDuration(c.now.Sub(cert.NotAfter)))
+		return fail("expired", "renew it; where renewal works, check this machine's clock", "%s expired at %s, %s ago (clock: %s)", what, cert.NotAfter.UTC().Format(time.RFC3339), humanDuration(c.now.Sub(cert.NotAfter)), c.now.UTC().Format(time.RFC3339))
 	case c.now.Before(cert.NotBefore):
 		ahead := cert.NotBefore.Sub(c.now)
 		hint := "it is meant for later"
@@ -220,47 +248,68 @@ func (c svidCheck) times(cert *x509.Certificate, what string) *verifyResult {
 // path climbs from the leaf to a root, and names the authority it misses.
 func (c svidCheck) path() *verifyResult {
 	cert := c.chain[0]
-	for range len(c.chain) + len(c.roots) + 1 {
-		if root := signer(cert, c.roots); root != nil {
-			return c.times(root, fmt.Sprintf("the root %s", nameOf(root)))
+	for range len(c.chain) + 1 {
+		if root := c.signer(cert, c.roots); root != nil {
+			return c.times(root, "the root "+nameOf(root))
 		}
-		parent := signer(cert, c.chain[1:])
-		if parent == nil || parent.Equal(cert) {
+		if cert.CheckSignatureFrom(cert) == nil {
+			return fail("unknown authority", hintBundle, "the chain ends in the root %s (key id %x), which is not in the bundle (which has %s)",
+				nameOf(cert), cert.SubjectKeyId, keyIDs(c.roots))
+		}
+		parent := c.signer(cert, c.chain[1:])
+		if parent == nil {
 			return c.missing(cert)
 		}
-		if failed := c.times(parent, fmt.Sprintf("the authority %s", nameOf(parent))); failed != nil {
+		if failed := c.times(parent, "the authority "+nameOf(parent)); failed != nil {
 			return failed
 		}
 		cert = parent
 	}
-	return fail("no path to a root", "", "the chain goes round in a circle")
+	return fail("no path to a root", "see the chain with `castellan cert inspect`", "the chain goes round in a circle")
 }
 
-func signer(cert *x509.Certificate, among []*x509.Certificate) *x509.Certificate {
+const hintBundle = "use the bundle of the mesh that issued it"
+
+// signer finds who signed a certificate; of several with one key, one that is
+// valid now.
+func (c svidCheck) signer(cert *x509.Certificate, among []*x509.Certificate) *x509.Certificate {
+	var found *x509.Certificate
 	for _, p := range among {
-		if !p.Equal(cert) && cert.CheckSignatureFrom(p) == nil {
+		if cert.CheckSignatureFrom(p) != nil {
+			continue
+		}
+		if c.times(p, "") == nil {
 			return p
 		}
-		if p.Equal(cert) && cert.CheckSignatureFrom(cert) == nil {
-			return p
-		}
+		found = p
 	}
-	return nil
+	return found
 }
 
+// missing explains why nobody signed a certificate.
 func (c svidCheck) missing(cert *x509.Certificate) *verifyResult {
-	aki := hex.EncodeToString(cert.AuthorityKeyId)
 	for _, p := range append(append([]*x509.Certificate{}, c.roots...), c.chain[1:]...) {
-		if len(cert.AuthorityKeyId) > 0 && bytes.Equal(p.SubjectKeyId, cert.AuthorityKeyId) {
-			return fail("bad signature", "the certificate was changed, or another authority reuses the key id", "%s names the authority key id %s, but that authority's key did not sign it", nameOf(cert), aki)
+		if len(cert.AuthorityKeyId) == 0 || !bytes.Equal(p.SubjectKeyId, cert.AuthorityKeyId) {
+			continue
 		}
+		var notAuthority x509.ConstraintViolationError
+		if errors.As(cert.CheckSignatureFrom(p), &notAuthority) {
+			return fail("not an authority", hintReissue, "%s names the authority %s (key id %x), which may not sign certificates", nameOf(cert), nameOf(p), p.SubjectKeyId)
+		}
+		return fail("bad signature", "the certificate was changed, or another authority reuses the key id",
+			"%s names the authority key id %x, but that authority's key did not sign it", nameOf(cert), cert.AuthorityKeyId)
 	}
-	have := make([]string, 0, len(c.roots))
-	for _, r := range c.roots {
-		have = append(have, hex.EncodeToString(r.SubjectKeyId))
+	return fail("unknown authority", "add the missing intermediate after the leaf, or "+hintBundle,
+		"%s was signed by the authority with key id %x (%s), which is neither in the file nor in the bundle (which has %s)",
+		nameOf(cert), cert.AuthorityKeyId, cert.Issuer, keyIDs(c.roots))
+}
+
+func keyIDs(certs []*x509.Certificate) string {
+	ids := make([]string, 0, len(certs))
+	for _, c := range certs {
+		ids = append(ids, hex.EncodeToString(c.SubjectKeyId))
 	}
-	return fail("unknown authority", "add the missing intermediate to the file, or use the bundle of the mesh that issued it",
-		"%s was signed by the authority with key id %s (%s), which is neither in the file nor in the bundle (bundle has %s)", nameOf(cert), aki, cert.Issuer, strings.Join(have, ", "))
+	return strings.Join(ids, ", ")
 }
 
 func (c svidCheck) verify(usage x509.ExtKeyUsage) error {
@@ -282,7 +331,7 @@ func (c svidCheck) constraints() *verifyResult {
 		case x509.CANotAuthorizedForThisName, x509.UnconstrainedName, x509.NameConstraintsWithoutSANs, x509.TooManyConstraints:
 			return fail("name constraint", "the authority may not sign this name; see its constraints with `castellan cert inspect`", "%v", err)
 		case x509.TooManyIntermediates:
-			return fail("path length", "", "%v", err)
+			return fail("path length", "an authority of the chain may have fewer authorities below it", "%v", err)
 		}
 	}
 	return nil
@@ -296,15 +345,6 @@ func (c svidCheck) usages() *verifyResult {
 		var invalid x509.CertificateInvalidError
 		if err := c.verify(u.usage); errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage {
 			return fail("key usage", "an authority for serving certificates cannot sign SVIDs", "the chain does not allow %s", u.name)
-		}
-	}
-	return nil
-}
-
-func (c svidCheck) final() *verifyResult {
-	for _, u := range []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth} {
-		if err := c.verify(u); err != nil {
-			return fail("chain", "", "%v", err)
 		}
 	}
 	return nil

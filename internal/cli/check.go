@@ -49,7 +49,7 @@ type checker struct {
 
 func (e *env) checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "check", Short: "Check every part of a running mesh", Args: cobra.NoArgs,
+		Use: "check", Short: "Check every part of a running mesh", Args: noArgs,
 		Long: `Check every part of a running mesh: its processes, certificates, sockets and
 policies. Exit code 2 when something fails; each failure comes with a hint.`,
 	}

@@ -88,21 +88,73 @@ func (e *env) root(name string) *cobra.Command {
 		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: use},
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return invalidf("unknown command %q; see `%s --help`", args[0], cmd.CommandPath())
-			}
-			return nil
-		},
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Args:          noneOf,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return invalidf("%w; see `%s --help`", err, cmd.CommandPath())
 	})
 	root.AddCommand(e.upCommand(), e.certCommand(), e.authzCommand(), e.caCommand(), e.checkCommand(), e.versionCommand(), e.sampleAppCommand())
+	root.Version = Version
+	root.SetVersionTemplate("castellan {{.Version}}\n")
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	strictGroups(root)
 	wrapArgs(root)
 	return root
 }
+
+// strictGroups gives the commands that cobra adds the manners of our own: what
+// they do not know is a mistake, not a reason to print help and call it success.
+func strictGroups(root *cobra.Command) {
+	for _, cmd := range root.Commands() {
+		switch cmd.Name() {
+		case "completion":
+			cmd.Short = "Print a completion script for a shell"
+			cmd.Args, cmd.RunE = noneOf, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		case "help":
+			cmd.Args = func(cmd *cobra.Command, args []string) error {
+				if _, rest, err := root.Find(args); err != nil || len(rest) > 0 {
+					return invalidf("there is no help on %q; see `%s --help`", strings.Join(args, " "), root.CommandPath())
+				}
+				return nil
+			}
+		}
+	}
+}
+
+// noneOf refuses arguments of a command that only holds others.
+func noneOf(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := ""
+	cmd.SuggestionsMinimumDistance = 2
+	if like := cmd.SuggestionsFor(args[0]); len(like) > 0 {
+		hint = fmt.Sprintf(" (did you mean %s?)", strings.Join(like, ", "))
+	}
+	return invalidf("unknown command %q%s; see `%s --help`", args[0], hint, cmd.CommandPath())
+}
+
+// noArgs refuses arguments of a command that takes flags only.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return invalidf("unexpected argument %q; see `%s --help`", args[0], cmd.CommandPath())
+	}
+	return nil
+}
+
+// oneArg wants exactly one argument, and says what it is.
+func oneArg(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return invalidf("%d arguments given; give one, %s; see `%s --help`", len(args), what, cmd.CommandPath())
+		}
+		return nil
+	}
+}
+
+const certSource = "a file, -, HOST:PORT or unix:SOCKET"
 
 // wrapArgs makes every complaint about arguments one about input, with exit code 3.
 func wrapArgs(cmd *cobra.Command) {
@@ -125,12 +177,7 @@ func wrapArgs(cmd *cobra.Command) {
 func group(use, short string, subs ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: use, Short: short,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return invalidf("unknown command %q; see `%s --help`", args[0], cmd.CommandPath())
-			}
-			return nil
-		},
+		Args: noneOf,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(subs...)

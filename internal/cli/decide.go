@@ -1,22 +1,19 @@
 package cli
 
 import (
-	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
 	"strings"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
+	"castellan.dev/identity"
 	"castellan.dev/internal/judge"
 	"castellan.dev/internal/jws"
 	"castellan.dev/proxy/engine"
@@ -43,10 +40,21 @@ func (a *answer) step(format string, args ...any) {
 }
 
 // refuse is a refusal before policy is asked.
-func (a *answer) refuse(code int, reason string) *answer {
+func (a *answer) refuse(code int, reason string) {
 	a.Allowed, a.Code, a.Reason, a.Rule = false, code, reason, -1
-	a.step("%d: %s", code, reason)
-	return a
+	a.step("decision: %d: %s", code, reason)
+}
+
+// why is the reason with the policy and rule it comes from.
+func (a *answer) why() string {
+	if a.Policy == "" {
+		return a.Reason
+	}
+	by := a.Action + " " + a.Policy
+	if a.Rule >= 0 {
+		by += fmt.Sprintf(", rule %d", a.Rule)
+	}
+	return a.Reason + " (" + by + ")"
 }
 
 func (a *answer) print(w io.Writer) error {
@@ -54,15 +62,7 @@ func (a *answer) print(w io.Writer) error {
 	if a.Allowed {
 		verdict = "allowed"
 	}
-	why := a.Reason
-	if a.Policy != "" {
-		why += fmt.Sprintf(" (%s %s", a.Action, a.Policy)
-		if a.Rule >= 0 {
-			why += fmt.Sprintf(", rule %d", a.Rule)
-		}
-		why += ")"
-	}
-	if _, err := fmt.Fprintf(w, "%s: %s -> %s %s: %s\n", verdict, a.From, a.To, a.Request, why); err != nil {
+	if _, err := fmt.Fprintf(w, "%s: %s -> %s %s: %s\n", verdict, a.From, a.To, a.Request, a.why()); err != nil {
 		return err
 	}
 	for _, s := range a.Steps {
@@ -74,39 +74,78 @@ func (a *answer) print(w io.Writer) error {
 }
 
 // decide takes the decision of the receiving proxy.
-func decide(q *canI, s *setting) (*answer, error) {
-	a := &answer{Rule: -1, From: q.from, To: s.workload.Account.String(), Request: strings.TrimSpace(q.method + " " + q.target)}
+func (e *env) decide(ctx context.Context, q *canI, s *setting) (*answer, error) {
+	d := &decision{env: e, ctx: ctx, q: q, s: s, answer: answer{
+		Rule: -1, From: q.from, To: s.workload.Account.String(), Request: q.method + " " + q.target,
+	}}
+	speaks := judge.ProtocolOf(s.workload.Ports[s.port])
 	if q.tcp {
-		a.Request = "tcp port " + portText(s.port)
+		d.Request = fmt.Sprintf("tcp port %d", s.port)
 	}
-	snapshot, problems := authz.Compile(authz.Config{Documents: s.docs, Workload: s.workload, Mesh: s.mesh})
+	if _, declared := s.workload.Ports[s.port]; len(s.workload.Ports) > 0 && !declared {
+		d.note("%s declares no port %d; give the workload's port, not the service's", d.To, s.port)
+	}
+	for _, f := range s.findings {
+		d.step("%s", f)
+	}
+	var problems []authz.Problem
+	d.snapshot, problems = authz.Compile(authz.Config{Documents: s.docs, Workload: s.workload, Mesh: s.mesh})
 	for _, p := range problems {
-		a.step("problem: %s %s/%s: %s: %s", p.Kind, p.Namespace, p.Name, p.Field, p.Reason)
+		d.step("problem: %s %s/%s: %s: %s", p.Kind, p.Namespace, p.Name, p.Field, p.Reason)
 	}
-	a.policies(s)
-	peer, refused, err := a.connection(q, s, snapshot)
-	if err != nil || refused != nil {
-		return refused, err
+	d.policies()
+	if !d.connect() {
+		return &d.answer, nil
 	}
-	connection := snapshot.Connect(peer)
-	if q.tcp {
-		a.decision(connection.AuthorizeTCP())
-		return a, nil
+	var err error
+	switch {
+	case !q.tcp && speaks == judge.TCP:
+		d.note("port %d is declared %s: the proxy reads no requests there and judges the connection", s.port, s.workload.Ports[s.port])
+		d.tcp()
+	case q.tcp && (speaks == judge.HTTP || speaks == judge.HTTP2):
+		d.note("port %d is declared %s: the proxy reads requests there, and judges each", s.port, s.workload.Ports[s.port])
+		d.tcp()
+	case q.tcp:
+		d.tcp()
+	default:
+		err = d.http()
 	}
-	return a.http(q, s, snapshot, connection)
+	return &d.answer, err
+}
+
+// decision is one being taken.
+type decision struct {
+	answer
+	env      *env
+	ctx      context.Context
+	q        *canI
+	s        *setting
+	snapshot *authz.Snapshot
+	peer     authz.Peer
+}
+
+// note is a step that people should see even if they did not ask for steps.
+func (d *decision) note(format string, args ...any) {
+	d.step(format, args...)
+	fmt.Fprintf(d.env.err, "castellan: "+format+"\n", args...)
+}
+
+func (d *decision) tcp() {
+	d.explain(func(s *authz.Snapshot) authz.Decision { return s.Connect(d.peer).AuthorizeTCP() })
+	d.decided(d.snapshot.Connect(d.peer).AuthorizeTCP())
 }
 
 // policies notes which documents select the receiver.
-func (a *answer) policies(s *setting) {
+func (d *decision) policies() {
 	n := 0
-	for _, d := range s.docs {
-		if authz.Selects(d, s.workload.Account.Namespace(), s.workload.Labels, s.mesh) {
+	for _, doc := range d.s.docs {
+		if authz.Selects(doc, d.s.workload.Account.Namespace(), d.s.workload.Labels, d.s.mesh) {
 			n++
-			a.step("selects %s: %s %s/%s%s", a.To, d.Kind, d.Metadata.Namespace, d.Metadata.Name, actionOf(d))
+			d.step("selects %s: %s %s/%s%s", d.To, doc.Kind, doc.Metadata.Namespace, doc.Metadata.Name, actionOf(doc))
 		}
 	}
 	if n == 0 {
-		a.step("no policy selects %s (labels %v)", a.To, s.workload.Labels)
+		d.step("no policy selects %s (labels %v)", d.To, d.s.workload.Labels)
 	}
 }
 
@@ -120,31 +159,29 @@ func actionOf(d policy.Document) string {
 	return " (" + d.Authorization.Action + ")"
 }
 
-// connection settles what the handshake settles: mode and identity.
-func (a *answer) connection(q *canI, s *setting, snapshot *authz.Snapshot) (authz.Peer, *answer, error) {
-	source, err := parseIP("--source-ip", q.sourceIP)
-	if err != nil {
-		return authz.Peer{}, nil, err
+// connect settles what the handshake settles: mode and identity. It returns
+// false where there will be no connection.
+func (d *decision) connect() bool {
+	mode := d.snapshot.MTLSMode(d.s.port)
+	d.step("mutual TLS on port %d: %s", d.s.port, mode)
+	d.peer = authz.Peer{
+		ID: d.s.caller, SourceIP: d.q.source, DestinationIP: netip.AddrFrom4([4]byte{127, 0, 0, 1}),
+		DestinationPort: d.s.port, SNI: d.q.sni, RemoteIP: d.q.remote,
 	}
-	remote, err := parseIP("--remote-ip", q.remoteIP)
-	if err != nil {
-		return authz.Peer{}, nil, err
-	}
-	mode := snapshot.MTLSMode(s.port)
-	a.step("mutual TLS on port %d: %s", s.port, mode)
-	peer := authz.Peer{ID: s.caller, SourceIP: source, DestinationIP: netip.AddrFrom4([4]byte{127, 0, 0, 1}), DestinationPort: s.port, SNI: q.sni, RemoteIP: remote}
 	switch {
-	case mode == authz.ModeStrict && s.caller.IsZero():
-		return peer, a.refuse(403, "mutual TLS is required (STRICT) and the caller has no certificate"), nil
+	case mode == authz.ModeStrict && d.s.caller.IsZero():
+		d.refuse(403, "mutual TLS is required (STRICT) and the caller has no certificate")
+		return false
 	case mode == authz.ModeDisable:
-		if !s.caller.IsZero() {
-			a.step("mutual TLS is disabled: the caller's identity is not seen")
+		if !d.s.caller.IsZero() {
+			d.note("mutual TLS is disabled on port %d: the proxy does not see who calls", d.s.port)
 		}
-		peer.ID = spiffeid.ID{}
-	case !s.caller.IsZero() && !trusted(s, s.caller.TrustDomain().Name()):
-		return peer, a.refuse(403, fmt.Sprintf("the handshake fails: trust domain %q is neither the mesh's nor an alias", s.caller.TrustDomain())), nil
+		d.peer.ID = spiffeid.ID{}
+	case !d.s.caller.IsZero() && !trusted(d.s, d.s.caller.TrustDomain().Name()):
+		d.refuse(403, fmt.Sprintf("the handshake fails: trust domain %q is neither the mesh's (%q) nor an alias of it", d.s.caller.TrustDomain(), d.s.domain))
+		return false
 	}
-	return peer, nil, nil
+	return true
 }
 
 func trusted(s *setting, td string) bool {
@@ -162,201 +199,152 @@ func trusted(s *setting, td string) bool {
 // http judges one request by the code the proxy judges with: the request is
 // written as a client would, read by the proxy's engine, and judged from what the
 // engine made of it.
-func (a *answer) http(q *canI, s *setting, snapshot *authz.Snapshot, connection *authz.Connection) (*answer, error) {
-	raw, err := q.wire(s.host)
+func (d *decision) http() error {
+	raw, err := d.env.wire(d.q, d.s.host)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	remote, err := parseIP("--remote-ip", q.remoteIP)
-	if err != nil {
-		return nil, err
+	if upper := strings.ToUpper(d.q.method); upper != d.q.method {
+		d.note("methods are case-sensitive; %q is not %s", d.q.method, upper)
 	}
-	tokens, err := a.authenticator(snapshot, s)
+	tokens, err := d.authenticator()
 	if err != nil {
-		return nil, err
+		d.refuse(403, "policy cannot be enforced, all is denied: request authentication: "+err.Error())
+		return nil
 	}
 	judged := &judgedSession{judge: func(r *engine.Request) {
+		h := &judgedHeader{request: r, xfcc: d.forwardedClientCert()}
+		remote := d.q.remote
+		if !remote.IsValid() {
+			remote = judge.RemoteIP(h, d.s.mesh.NumTrustedProxies)
+		}
+		request := judge.Request{Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: h, RemoteIP: remote}
 		var c judge.Case
-		c.Judge(judge.Request{Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: r, RemoteIP: remote},
-			s.mesh.PathNormalization, tokens, connection)
-		a.record(&c, r)
+		c.Judge(request, d.s.mesh.PathNormalization, tokens, d.snapshot.Connect(d.peer))
+		d.record(&c, r)
+		if c.Kind == judge.KindPath || c.Kind == judge.KindToken {
+			return
+		}
+		d.explain(func(s *authz.Snapshot) authz.Decision {
+			var probe judge.Case
+			probe.Judge(request, d.s.mesh.PathNormalization, tokens, s.Connect(d.peer))
+			return probe.Decision
+		})
+		d.decided(c.Decision)
 	}}
 	status, err := throughEngine(raw, judged)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if !judged.begun {
-		return a.refuse(status, "the request is malformed: the proxy answers it before policy is asked"), nil
+		d.refuse(status, "the proxy refuses the request before policy is asked: "+judged.malformed)
 	}
-	return a, nil
+	return nil
+}
+
+// judgedHeader is what policy sees of the headers: the proxy drops the caller's
+// own x-forwarded-client-cert and writes what it has verified.
+type judgedHeader struct {
+	request *engine.Request
+	xfcc    []string
+}
+
+// Values implements authz.Header.
+func (h *judgedHeader) Values(name string) []string {
+	if name == "x-forwarded-client-cert" {
+		return h.xfcc
+	}
+	return h.request.Values(name)
+}
+
+// forwardedClientCert is what the proxy writes, but for the hash of a certificate
+// that is not here.
+func (d *decision) forwardedClientCert() []string {
+	if d.peer.ID.IsZero() {
+		return nil
+	}
+	own, err := identity.New(d.s.domain, d.s.workload.Account)
+	if err != nil {
+		return nil
+	}
+	return []string{"By=" + own.String() + ";Hash=;URI=" + d.peer.ID.String()}
 }
 
 // record takes from a case what outlives the request.
-func (a *answer) record(c *judge.Case, r *engine.Request) {
+func (d *decision) record(c *judge.Case, r *engine.Request) {
 	if c.Path != "" && c.Path != r.Path {
-		a.step("path %q is judged and forwarded as %q", r.Path, c.Path)
-		a.Request = strings.Clone(r.Method + " " + c.Path)
+		d.step("path %q is judged and forwarded as %q", r.Path, c.Path)
+	}
+	if c.Path != "" {
+		d.Request = strings.Clone(r.Method + " " + c.Path)
 	}
 	if c.Verified != nil {
-		a.step("token of issuer %q verified", c.Verified.Token.Issuer)
+		d.step("token of issuer %q verified: subject %q", c.Verified.Token.Issuer, c.Verified.Token.Subject)
 	}
 	if c.Kind == judge.KindPath || c.Kind == judge.KindToken {
 		reason := c.Reason
 		if c.Err != nil {
 			reason += ": " + c.Err.Error()
 		}
-		a.refuse(c.Status, reason)
-		return
+		d.refuse(c.Status, reason)
 	}
-	a.decision(c.Decision)
 }
 
-func (a *answer) decision(d authz.Decision) {
-	a.Allowed, a.Action, a.Policy, a.Rule, a.Reason = d.Allowed, d.Action, d.Policy, d.Rule, d.Reason
-	a.Code = 403
-	if d.Allowed {
-		a.Code = 200
+func (d *decision) decided(v authz.Decision) {
+	d.Allowed, d.Action, d.Policy, d.Rule, d.Reason = v.Allowed, v.Action, v.Policy, v.Rule, v.Reason
+	d.Code = http.StatusForbidden
+	if v.Allowed {
+		d.Code = http.StatusOK
 	}
-	if d.Provider != "" {
-		a.Reason += ": provider " + d.Provider + " is not asked here"
+	if v.Provider != "" {
+		d.Reason += ": provider " + v.Provider + " is not asked here"
 	}
-	a.step("policy: %s %s rule %d: %s", d.Action, d.Policy, d.Rule, d.Reason)
-	if sh := d.Shadow; sh != nil {
-		a.Shadow = "denied"
+	d.step("decision: %s", d.why())
+	if sh := v.Shadow; sh != nil {
+		d.Shadow = "denied"
 		if sh.Allowed {
-			a.Shadow = "allowed"
+			d.Shadow = "allowed"
 		}
-		a.Shadow += ": " + sh.Reason
-		a.step("with the dry-run policies enforced: %s (%s)", a.Shadow, sh.Policy)
+		d.Shadow += ": " + sh.Reason
+		if sh.Policy != "" {
+			d.Shadow += " (" + sh.Policy + ")"
+		}
+		d.step("with the dry-run policies enforced: %s", d.Shadow)
 	}
 }
 
 // authenticator verifies tokens with inline keys, or with keys fetched from where
-// the policy says, within the bounds of the mesh settings.
-func (a *answer) authenticator(snapshot *authz.Snapshot, s *setting) (*jws.Authenticator, error) {
-	rules := snapshot.JWTRules()
+// the policy says, within the bounds of the mesh settings; these only when a
+// token wants them.
+func (d *decision) authenticator() (*jws.Authenticator, error) {
+	rules := d.snapshot.JWTRules()
 	if len(rules) == 0 {
 		return nil, nil
 	}
 	sets := map[string]*jws.KeySet{}
-	for _, r := range rules {
-		source := jws.SourceName(r)
-		if source == "" || sets[source] != nil {
-			continue
+	return jws.NewAuthenticator(rules, func(source string) *jws.KeySet {
+		keys, ok := sets[source]
+		if !ok {
+			var err error
+			if keys, err = fetchKeys(d.ctx, source, d.s.mesh); err != nil {
+				d.note("keys of %s could not be fetched, its tokens are refused: %v", source, err)
+			}
+			sets[source] = keys
 		}
-		keys, err := fetchKeys(source, s.mesh)
-		if err != nil {
-			a.step("keys of %s could not be fetched, its tokens are refused: %v", source, err)
-			continue
-		}
-		sets[source] = keys
-	}
-	return jws.NewAuthenticator(rules, func(source string) *jws.KeySet { return sets[source] }, jws.AuthenticatorConfig{})
+		return keys
+	}, jws.AuthenticatorConfig{})
 }
 
 // fetchKeys fetches one key set, once.
-func fetchKeys(source string, mesh policy.Mesh) (*jws.KeySet, error) {
+func fetchKeys(ctx context.Context, source string, mesh policy.Mesh) (*jws.KeySet, error) {
 	remote, err := jws.NewRemote(jws.RemoteConfig{Source: source, Allow: mesh.JWKS.Allow, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), fetchTimeout)
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	if err := remote.Refetch(ctx); err != nil {
 		return nil, err
 	}
 	return remote.Keys()
-}
-
-// wire returns the request as its bytes.
-func (q *canI) wire(host string) ([]byte, error) {
-	pairs, err := parsePairs("--header", q.headers, "=")
-	if err != nil {
-		return nil, err
-	}
-	if q.jwtFile != "" {
-		token, err := readToken(q.jwtFile)
-		if err != nil {
-			return nil, err
-		}
-		pairs = append(pairs, [2]string{"Authorization", "Bearer " + token})
-	}
-	var b strings.Builder
-	line := func(parts ...string) error {
-		for _, p := range parts {
-			if strings.ContainsAny(p, "\r\n") {
-				return invalidf("%q holds a line break, which would end the line it stands in", p)
-			}
-			b.WriteString(p)
-		}
-		b.WriteString("\r\n")
-		return nil
-	}
-	lines := [][]string{{q.method, " ", q.target, " HTTP/1.1"}, {"Host: ", host}}
-	for _, p := range pairs {
-		if strings.EqualFold(p[0], "host") {
-			return nil, invalidf("--header %q: use --host", p[0])
-		}
-		lines = append(lines, []string{p[0], ": ", p[1]})
-	}
-	for _, l := range append(lines, []string{"Connection: close"}, nil) {
-		if err := line(l...); err != nil {
-			return nil, err
-		}
-	}
-	return []byte(b.String()), nil
-}
-
-// judgedSession judges the one request and forwards nothing.
-type judgedSession struct {
-	judge func(*engine.Request)
-	begun bool
-}
-
-// Begin judges.
-func (s *judgedSession) Begin(r *engine.Request) engine.Verdict {
-	s.begun = true
-	s.judge(r)
-	return engine.Verdict{Status: http.StatusNoContent}
-}
-
-// Dial is never asked: nothing is forwarded.
-func (s *judgedSession) Dial(context.Context, *engine.Request) (net.Conn, error) {
-	return nil, errors.New("nothing is forwarded")
-}
-
-// End has nothing to log.
-func (s *judgedSession) End(*engine.Request, *engine.Outcome) {}
-
-// throughEngine gives the bytes of one request to the proxy's HTTP engine and
-// returns the status it answers with.
-func throughEngine(raw []byte, s *judgedSession) (int, error) {
-	client, server := net.Pipe()
-	defer client.Close()
-	deadline := time.Now().Add(fetchTimeout) //nolint:forbidigo // bounds a pipe within this process
-	if err := client.SetDeadline(deadline); err != nil {
-		return 0, err
-	}
-	e := engine.New(engine.Config{})
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		e.ServeConn(context.Background(), server, false, s)
-	}()
-	wrote := make(chan struct{})
-	go func() {
-		defer close(wrote)
-		// The engine may answer before it has read everything.
-		_, _ = client.Write(raw)
-	}()
-	resp, err := http.ReadResponse(bufio.NewReader(client), nil)
-	client.Close()
-	<-wrote
-	<-done
-	e.Close()
-	if err != nil {
-		return 0, fmt.Errorf("the proxy's engine did not answer: %w", err)
-	}
-	resp.Body.Close()
-	return resp.StatusCode, nil
 }

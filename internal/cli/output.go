@@ -13,7 +13,10 @@ import (
 
 // outputFlag adds -o; the first format is the default.
 func outputFlag(cmd *cobra.Command, formats ...string) *string {
-	return cmd.Flags().StringP("output", "o", formats[0], "output format: "+strings.Join(formats, "|"))
+	format := cmd.Flags().StringP("output", "o", formats[0], "output format: "+strings.Join(formats, "|"))
+	// It fails only for a flag that does not exist.
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+	return format
 }
 
 // checkOutput refuses a format that the command does not have.

@@ -26,7 +26,7 @@ func (e *env) upCommand() *cobra.Command {
 		Long: `Run server, token issuer, agent and a sample mesh of real processes on loopback,
 in the foreground until Ctrl-C. State stays in the data directory: the next start
 has the same root, the same trust and the same ports.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	f := cmd.Flags()
 	f.StringVar(&cfg.DataDir, "data-dir", up.DefaultDataDir, "directory of all state")
@@ -78,7 +78,7 @@ func upFlag(cmd *cobra.Command) *string {
 // sampleAppCommand is the application of a sample workload: 200 and 1,024 bytes to everything.
 func (e *env) sampleAppCommand() *cobra.Command {
 	var listen, name string
-	cmd := &cobra.Command{Use: "sample-app", Hidden: true, Args: cobra.NoArgs, Short: "Run the application of a sample workload"}
+	cmd := &cobra.Command{Use: "sample-app", Hidden: true, Args: noArgs, Short: "Run the application of a sample workload"}
 	cmd.Flags().StringVar(&listen, "listen", "", "host:port")
 	cmd.Flags().StringVar(&name, "name", "", "workload")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

@@ -12,7 +12,7 @@ import (
 var Version = "dev"
 
 func (e *env) versionCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "version", Short: "Print the version", Args: noArgs}
 	format := outputFlag(cmd, "table", "json", "yaml")
 	cmd.RunE = func(*cobra.Command, []string) error {
 		if err := checkOutput(*format, "table", "json", "yaml"); err != nil {

@@ -71,6 +71,9 @@ func (a *Agent) Validate() error {
 		return fmt.Errorf("server.address: %w", err)
 	}
 	setDefault(&a.Server.Name, host)
+	if _, _, err := net.SplitHostPort(a.Admin); err != nil {
+		return fmt.Errorf("admin: %w", err)
+	}
 	sockets := map[string]bool{}
 	for i, w := range a.Workloads {
 		if err := w.validate(); err != nil {

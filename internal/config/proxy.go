@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"time"
 )
 
@@ -74,6 +75,15 @@ func (p *Proxy) Validate() error {
 	if len(p.Inbound)+len(p.Outbound) == 0 {
 		return errors.New("inbound, outbound: at least one listener is needed")
 	}
+	if err := p.Limits.validate(); err != nil {
+		return err
+	}
+	if _, _, err := net.SplitHostPort(p.Admin); err != nil {
+		return fmt.Errorf("admin: %w", err)
+	}
+	if p.DrainTimeout < 0 {
+		return errors.New("drainTimeout: must not be negative")
+	}
 	for i, in := range p.Inbound {
 		if _, _, err := net.SplitHostPort(in.Listen); err != nil {
 			return fmt.Errorf("inbound[%d].listen: %w", i, err)
@@ -86,11 +96,29 @@ func (p *Proxy) Validate() error {
 		if _, _, err := net.SplitHostPort(out.Listen); err != nil {
 			return fmt.Errorf("outbound[%d].listen: %w", i, err)
 		}
-		if out.Service == "" {
-			return fmt.Errorf("outbound[%d].service: required, as NAMESPACE/NAME", i)
+		if ns, name, ok := strings.Cut(out.Service, "/"); !ok || ns == "" || name == "" || strings.Contains(name, "/") {
+			return fmt.Errorf("outbound[%d].service: %q, want NAMESPACE/NAME", i, out.Service)
 		}
 	}
 	return p.Log.validate()
+}
+
+// validate refuses what would turn a bound off.
+func (l *ProxyLimits) validate() error {
+	for _, n := range []struct {
+		field string
+		value int64
+	}{
+		{"maxHeaderBytes", int64(l.MaxHeaderBytes)}, {"maxConnections", int64(l.MaxConnections)}, {"maxPerSource", int64(l.MaxPerSource)},
+		{"maxHandshakes", int64(l.MaxHandshakes)}, {"maxStreams", int64(l.MaxStreams)},
+		{"handshakeTimeout", int64(l.HandshakeTimeout)}, {"headerTimeout", int64(l.HeaderTimeout)}, {"idleTimeout", int64(l.IdleTimeout)},
+		{"connectTimeout", int64(l.ConnectTimeout)}, {"responseTimeout", int64(l.ResponseTimeout)}, {"streamIdleTimeout", int64(l.StreamIdleTimeout)},
+	} {
+		if n.value < 0 {
+			return fmt.Errorf("limits.%s: must not be negative", n.field)
+		}
+	}
+	return nil
 }
 
 func (l *ProxyLimits) setDefaults() {

@@ -101,15 +101,11 @@ type Discovery struct {
 
 const day = 24 * time.Hour
 
-// SetDefaults fills what was left out.
-func (s *Server) SetDefaults() {
+// setDefaults fills what was left out; CheckMesh does so for the mesh.
+func (s *Server) setDefaults() {
 	setDefault(&s.Listen, ":15012")
 	setDefault(&s.HTTP, ":15014")
 	setDefault(&s.AdminSocket, filepath.Join(s.DataDir, "admin.sock"))
-	setDefault(&s.Mesh.TrustDomain, "cluster.local")
-	setDefault(&s.Mesh.RootNamespace, "castellan-system")
-	setDefault(&s.Mesh.PathNormalization, policy.NormalizeBase)
-	setDefault(&s.Mesh.OutboundPolicy, policy.OutboundRegistryOnly)
 	c := &s.CA
 	setDefault(&c.LeafTTL, Duration(time.Hour))
 	setDefault(&c.MaxLeafTTL, Duration(day))
@@ -149,28 +145,29 @@ func (s *Server) Validate() error {
 	if err := s.check("ServerConfig"); err != nil {
 		return err
 	}
-	s.SetDefaults()
+	s.setDefaults()
 	if s.DataDir == "" {
 		return errors.New("dataDir: required")
 	}
-	if _, err := identity.ParseTrustDomain(s.Mesh.TrustDomain); err != nil {
-		return fmt.Errorf("mesh.trustDomain: %w", err)
-	}
-	for i, a := range s.Mesh.TrustDomainAliases {
-		if _, err := identity.ParseTrustDomain(a); err != nil {
-			return fmt.Errorf("mesh.trustDomainAliases[%d]: %w", i, err)
-		}
+	if err := CheckMesh(&s.Mesh); err != nil {
+		return fmt.Errorf("mesh.%w", err)
 	}
 	for _, a := range []struct{ field, value string }{{"listen", s.Listen}, {"http", s.HTTP}} {
 		if _, _, err := net.SplitHostPort(a.value); err != nil {
 			return fmt.Errorf("%s: %w", a.field, err)
 		}
 	}
+	if err := CheckSocketPath(s.AdminSocket); err != nil {
+		return fmt.Errorf("adminSocket: %w", err)
+	}
 	if err := s.CA.validate(); err != nil {
 		return err
 	}
 	if err := s.Attestation.validate(); err != nil {
 		return err
+	}
+	if r := s.RateLimit; r.PodBurst < 0 || r.PodPerSecond < 0 || r.TotalBurst < 0 || r.TotalPerSecond < 0 {
+		return errors.New("rateLimit: limits must not be negative")
 	}
 	return s.Log.validate()
 }
