@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -71,7 +72,8 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 func (g *Gate) Close() { g.close(errClosing) }
 
 // Unary is the interceptor for unary calls.
-func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (_ any, err error) {
+	defer g.contain(ctx, info.FullMethod, &err)
 	if !slices.Contains(g.cfg.Open, info.FullMethod) {
 		if _, err := g.admit(ctx, info.FullMethod); err != nil {
 			return nil, err
@@ -82,7 +84,8 @@ func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, n
 
 // Stream is the interceptor for streams. A stream ends when the certificate that
 // opened it expires: its agent opens another with the next one.
-func (g *Gate) Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+func (g *Gate) Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	defer g.contain(stream.Context(), info.FullMethod, &err)
 	if slices.Contains(g.cfg.Open, info.FullMethod) {
 		return next(srv, stream)
 	}
@@ -104,6 +107,16 @@ func (g *Gate) Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServer
 		return status.Error(codes.Unavailable, "server is stopping")
 	}
 	return err
+}
+
+// contain turns a panic into an internal error of its call: a fault that one
+// request meets must not take the authority from everybody. Nothing was answered.
+func (g *Gate) contain(ctx context.Context, method string, err *error) {
+	if r := recover(); r != nil {
+		g.cfg.Log.ErrorContext(ctx, "call panicked", "method", method, "peer", peerAddress(ctx),
+			"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+		*err = verdict{code: codes.Internal}.status()
+	}
 }
 
 var (

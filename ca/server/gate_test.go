@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc/status"
 	istiov1 "istio.io/api/security/v1alpha1"
 
+	"castellan.dev/ca"
+	"castellan.dev/ca/server"
 	"castellan.dev/internal/tlsconf/tlsconftest"
 )
 
@@ -138,6 +140,43 @@ func TestStreamEndsWithTheServer(t *testing.T) {
 	if _, err := stream.Recv(); status.Code(err) != codes.Unavailable {
 		t.Fatal(err)
 	}
+}
+
+// TestCertificateAloneRenewsNothing holds trust rule 3: renewal attests again.
+func TestCertificateAloneRenewsNothing(t *testing.T) {
+	w := newWorld(t, options{})
+	w.conn = w.dial(w.certificate(t, w.token(orders()), w.agentToken, 600))
+	request, _ := csr(t)
+	w.log.take(t)
+	_, err := w.create(t.Context(), &istiov1.IstioCertificateRequest{Csr: request})
+	w.checkRefusal(t, err, codes.Unauthenticated, "no workload token")
+	w.setPods() // the pod is gone, its certificate is not
+	_, err = w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: request})
+	w.checkRefusal(t, err, codes.PermissionDenied, "does not exist (any more)")
+}
+
+// TestPanicsStayInTheirCall: a fault in one call is an internal error, and the
+// server goes on.
+func TestPanicsStayInTheirCall(t *testing.T) {
+	w := newWorld(t, options{issuer: func(server.Issuer) server.Issuer { return panickingIssuer{} }})
+	request, _ := csr(t)
+	for range 2 {
+		w.log.take(t)
+		_, err := w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: request})
+		if st := status.Convert(err); st.Code() != codes.Internal || st.Message() != textInternal {
+			t.Fatal(err)
+		}
+		records := w.log.take(t)
+		if last := records[len(records)-1]; last["msg"] != "call panicked" || !strings.Contains(fmt.Sprint(last["panic"]), "index out of range") {
+			t.Errorf("log %v", last)
+		}
+	}
+}
+
+type panickingIssuer struct{}
+
+func (panickingIssuer) Issue(context.Context, ca.Request) (*ca.Issued, error) {
+	panic("index out of range")
 }
 
 // TestTLSFloor: nothing below TLS 1.3.

@@ -70,7 +70,8 @@ func account(t testing.TB, s string) identity.Account {
 type logBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
-	to  io.Writer // in place of buf, when set
+	all bytes.Buffer // never emptied
+	to  io.Writer    // in place of both, when set
 }
 
 func (b *logBuffer) divert(to io.Writer) {
@@ -85,7 +86,15 @@ func (b *logBuffer) Write(p []byte) (int, error) {
 	if b.to != nil {
 		return b.to.Write(p)
 	}
+	b.all.Write(p)
 	return b.buf.Write(p)
+}
+
+// holds reports whether text was ever written.
+func (b *logBuffer) holds(text string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return bytes.Contains(b.all.Bytes(), []byte(text))
 }
 
 // take returns the records so far and forgets them.

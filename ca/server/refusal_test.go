@@ -165,10 +165,11 @@ func TestRefusedCredentials(t *testing.T) {
 	if after := w.rows(t); after != before {
 		t.Errorf("%d ledger rows came of refusals", after-before)
 	}
-	for _, secret := range []string{good, w.agentToken} {
-		for _, r := range w.log.take(t) {
-			if strings.Contains(fmt.Sprint(r), secret) {
-				t.Errorf("a token is in the log: %v", r)
+	for name, tt := range tests {
+		for _, token := range []string{tt.workload, tt.agent} {
+			// The signature is what makes a token a credential.
+			if i := strings.LastIndex(token, "."); i > 0 && len(token)-i > 20 && w.log.holds(token[i+1:]) {
+				t.Errorf("%s: the token is in the log", name)
 			}
 		}
 	}

@@ -370,6 +370,20 @@ func FuzzAgainstJOSE(f *testing.F) {
 	})
 }
 
+// FuzzParse: whatever a peer writes, parsing ends with a token or an error that
+// says which kind it is.
+func FuzzParse(f *testing.F) {
+	f.Add(b64(`{"alg":"RS256"}`) + "." + b64(`{"iss":"x"}`) + ".AAAA")
+	f.Add("a.b.c")
+	f.Add("..")
+	f.Fuzz(func(t *testing.T, token string) {
+		if _, err := jws.Parse(token); err != nil &&
+			!errors.Is(err, jws.ErrMalformed) && !errors.Is(err, jws.ErrTooLarge) && !errors.Is(err, jws.ErrAlgorithm) {
+			t.Fatalf("an error of no kind: %v", err)
+		}
+	})
+}
+
 func BenchmarkVerifyRS256(b *testing.B) {
 	is := jwstest.RSA(b, issuerName, "k1")
 	set := keySet(b, is)
