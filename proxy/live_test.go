@@ -13,6 +13,7 @@ import (
 	"time"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
+	"castellan.dev/internal/config"
 	"castellan.dev/internal/tlsconf/tlsconftest"
 )
 
@@ -298,4 +299,12 @@ func TestUndeclaredPort(t *testing.T) {
 	binary.conn.Close()
 	r.logged(`"protocol":"TCP"`)
 	dialTLS(t, r.inbound, cert).echo("Get / no method")
+}
+
+func TestIdleTCPIsClosed(t *testing.T) {
+	r, ca := tcpMesh(t, strict, limit(func(l *config.ProxyLimits) { l.StreamIdleTimeout = config.Duration(time.Second) }))
+	live := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "istio")
+	live.echo("x")
+	live.closed()
+	r.logged(`"protocol":"TCP"`, `"reason":"idle"`)
 }
