@@ -249,10 +249,11 @@ func (c *child) spawn() (*exec.Cmd, error) {
 
 // wait returns true when the part was stopped on purpose.
 func (c *child) wait(cmd *exec.Cmd) bool {
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
+	exited := make(chan struct{})
+	var err error
+	go func() { err = cmd.Wait(); close(exited) }()
 	select {
-	case err := <-exited:
+	case <-exited:
 		if err == nil {
 			err = errors.New("it ended by itself")
 		}
@@ -265,10 +266,10 @@ func (c *child) wait(cmd *exec.Cmd) bool {
 	case <-c.stop:
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		select {
-		case <-exited: // how it ended on request is of no interest
+		case <-exited:
 		case <-time.After(stopGrace):
 			_ = cmd.Process.Kill()
-			_ = <-exited
+			<-exited
 		}
 		return true
 	}
