@@ -240,6 +240,9 @@ func reverseProxy(b testing.TB, addr string, cfg *tls.Config) string {
 
 // TestFastPathAllocations: an ordinary keep-alive exchange allocates nothing.
 func TestFastPathAllocations(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector makes pools forget")
+	}
 	addr := benchApp(t)
 	e := engine.New(engine.Config{})
 	defer e.Close()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -51,6 +52,8 @@ type exchange struct {
 	h1   h1Sink
 	// replay is the request's body when all of it was there at once.
 	replay []byte
+	// unguard ends the watch over an HTTP/2 client's stream.
+	unguard func() bool
 
 	act    activity
 	halted atomic.Bool // reads of the client's body are to end
@@ -96,7 +99,7 @@ func (x *exchange) free() {
 	x.res.reset()
 	x.verdict, x.outcome = Verdict{}, Outcome{}
 	x.in = bodyIn{}
-	x.single = nil
+	x.single, x.unguard = nil, nil
 	x.halted.Store(false)
 	x.conn, x.up, x.replay, x.cancel, x.upload = nil, nil, nil, nil, nil
 	x.got, x.waiting, x.continued = false, false, false
@@ -113,17 +116,38 @@ func (x *exchange) judge() {
 	x.req.judged = true
 	x.verdict = x.conn.session.Begin(&x.req)
 	x.outcome.Judged = x.since()
-	if v := &x.verdict; v.Status == 0 {
-		if v.Path == "" {
-			v.Path = x.req.Path
-		}
-		if !v.SetQuery {
-			v.Query = x.req.RawQuery
-		}
-		if v.Host == "" {
-			v.Host = x.req.Host
+	v := &x.verdict
+	if v.Status != 0 {
+		x.outcome.Reason = ReasonVerdict
+		return
+	}
+	if v.Path == "" {
+		v.Path = x.req.Path
+	}
+	if !v.SetQuery {
+		v.Query = x.req.RawQuery
+	}
+	if v.Host == "" {
+		v.Host = x.req.Host
+	}
+	if !v.writable() {
+		// Fails closed: what a normalisation made of the target is no target.
+		*v = Verdict{Status: http.StatusBadRequest}
+		x.note(fail(0, ReasonMalformed, errTarget))
+	}
+}
+
+// writable tells whether the verdict's target can be written without becoming another.
+func (v *Verdict) writable() bool {
+	if v.Path[0] != '/' && v.Path != "*" {
+		return false
+	}
+	for i := range len(v.Path) {
+		if c := v.Path[i]; !targetChars[c] || c == '?' || c == '#' {
+			return false
 		}
 	}
+	return all(&targetChars, v.Query) && strings.IndexByte(v.Query, '#') < 0 && validHost(v.Host)
 }
 
 // report tells the session how it ended.

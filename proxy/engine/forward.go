@@ -23,9 +23,9 @@ func (x *exchange) forwardH1(ctx context.Context, from body, to sink) *failure {
 		if f := x.connect(ctx, fresh); f != nil {
 			return f
 		}
-		stop := x.guard(ctx)
+		x.unguard = x.guard(ctx)
 		again, f := x.attempt(from, to)
-		stop()
+		x.unguard()
 		if !again {
 			return f
 		}
@@ -286,6 +286,8 @@ func (x *exchange) settle(from body) *failure {
 	}
 	if !x.conn.h2 {
 		x.conn.attach(nil)
+	} else if !x.unguard() {
+		return nil // the client's end of the stream is closing the connection
 	}
 	x.up = nil
 	up.wire.busy, up.wire.idle = nil, nil

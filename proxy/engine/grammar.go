@@ -5,8 +5,9 @@ package engine
 var (
 	// tokenChars: tchar (RFC 9110 5.6.2).
 	tokenChars = charset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-	// hostChars: reg-name, IP literals and a port. No "@": userinfo is refused.
-	hostChars = charset("!$&'()*+;=-._~%:[]0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+	// hostChars: reg-name (RFC 3986 3.2.2) without percent-encodings and commas,
+	// which no host has and lists are made of.
+	hostChars = charset("!$&'()*+;=-._~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 	// targetChars: visible ASCII. Wider than RFC 3986, as policy has its own
 	// rule for backslashes; bytes above 0x7e and controls are refused.
 	targetChars = charrange(0x21, 0x7e)
@@ -16,6 +17,10 @@ var (
 		t['\t'], t[0x7f] = true, false
 		return t
 	}()
+	// literalChars: what stands between the brackets of an IP literal.
+	literalChars = charset("0123456789abcdefABCDEF:.")
+	digits       = charset("0123456789")
+
 	lowerTable = func() (t [256]byte) {
 		for i := range t {
 			t[i] = byte(i)

@@ -234,9 +234,6 @@ func (u *upload) Read(p []byte) (int, error) {
 	u.proceed()
 	n, err := u.from.read(p)
 	u.x.act.touch(u.x.engine.cfg.Now())
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
 	if u.from.finished() {
 		u.ended.Store(true)
 		for _, f := range u.from.trailer() {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -47,6 +48,11 @@ func (c *Conn) serveH2(ctx context.Context) {
 	// Shutdown returns at once: the server has no listener and no HTTP/1 connection.
 	c.goAway = func() { _ = base.Shutdown(ctx) }
 	c.mu.Unlock()
+	base.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateActive && c.closing.Load() {
+			c.goAway() // CloseGracefully came before the library knew the connection
+		}
+	}
 	if c.closing.Load() {
 		return
 	}
@@ -82,7 +88,6 @@ func (x *exchange) serveStream(w http.ResponseWriter, r *http.Request) bool {
 	}
 	x.judge()
 	if x.verdict.Status != 0 {
-		x.outcome.Reason = ReasonVerdict
 		return to.answer(x.verdict.Status, x.verdict.Body, x.verdict.Header)
 	}
 	from := &h2Body{x: x, r: r, done: x.req.ContentLength == 0}

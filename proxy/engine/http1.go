@@ -53,7 +53,6 @@ func (c *Conn) serveOne(ctx context.Context, x *exchange) (keep, linger bool) {
 	x.startBody()
 	x.judge()
 	if x.verdict.Status != 0 {
-		x.outcome.Reason = ReasonVerdict
 		keep, linger = x.answer(x.verdict.Status, x.verdict.Body, x.verdict.Header)
 		x.count()
 		return keep, linger
@@ -94,6 +93,9 @@ func (x *exchange) throughH2(ctx context.Context) *failure {
 	x.act.touch(x.engine.cfg.Now())
 	x.conn.wire.busy, x.conn.wire.idle = &x.act, x.clientIdle
 	f := x.forwardH2(ctx, &x.in, &x.h1)
+	if f != nil && x.upload != nil {
+		x.upload.stop() // before an answer is written: it may be about to write "100 Continue"
+	}
 	x.conn.attachCancel(nil)
 	if x.single != nil {
 		_ = x.single.Close()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 
 	"castellan.dev/proxy/engine"
@@ -16,6 +17,7 @@ import (
 type framer struct {
 	*http2.Framer
 	c   *client
+	mu  sync.Mutex // writes
 	buf bytes.Buffer
 	enc *hpack.Encoder
 }
@@ -32,6 +34,8 @@ func frames(t testing.TB, addr string) *framer {
 
 // request sends a HEADERS frame of name, value pairs.
 func (f *framer) request(id uint32, end bool, pairs ...string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.buf.Reset()
 	for i := 0; i < len(pairs); i += 2 {
 		f.enc.WriteField(hpack.HeaderField{Name: pairs[i], Value: pairs[i+1]})
@@ -61,7 +65,9 @@ func (f *framer) answer(id uint32) string {
 			}
 		case *http2.SettingsFrame:
 			if !fr.IsAck() {
+				f.mu.Lock()
 				f.WriteSettingsAck()
+				f.mu.Unlock()
 			}
 		}
 	}
@@ -157,7 +163,10 @@ func TestHTTP2Budgets(t *testing.T) {
 		go func() {
 			for id := uint32(1); id < 2000; id += 2 {
 				f.request(id, true, ":method", "GET", ":scheme", "http", ":authority", "h", ":path", "/")
-				if f.WriteRSTStream(id, http2.ErrCodeCancel) != nil {
+				f.mu.Lock()
+				err := f.WriteRSTStream(id, http2.ErrCodeCancel)
+				f.mu.Unlock()
+				if err != nil {
 					return
 				}
 			}
@@ -168,7 +177,10 @@ func TestHTTP2Budgets(t *testing.T) {
 	})
 	t.Run("dos: endless CONTINUATION (CVE-2023-45288)", func(t *testing.T) {
 		f := frames(t, start(t, engine.Config{}, &session{addr: addr}, true).addr)
+		f.answerSettings()
 		go func() {
+			f.mu.Lock() // nothing may come between these frames
+			defer f.mu.Unlock()
 			f.buf.Reset()
 			f.enc.WriteField(hpack.HeaderField{Name: "x", Value: strings.Repeat("a", 8000)})
 			if f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: f.buf.Bytes()}) != nil {

@@ -108,13 +108,26 @@ func (x *exchange) stopPump(from body) {
 		if x.conn.h2 {
 			from.(*h2Body).stop()
 		} else {
-			_ = x.conn.conn.SetReadDeadline(time.Now().Add(lingerTime))
+			x.lastMoment()
 		}
 	}
 	<-p.done
 	if !x.conn.h2 {
 		x.conn.wire.busy, x.conn.wire.idle = nil, nil
 		x.conn.wire.readBy = time.Time{}
+	}
+}
+
+// lastMoment lets the client end its body, however slowly it sends, for a
+// bounded time.
+func (x *exchange) lastMoment() {
+	timer := time.NewTimer(lingerTime)
+	defer timer.Stop()
+	select {
+	case <-x.pump.done:
+	case <-timer.C:
+		x.halted.Store(true)
+		_ = x.conn.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 

@@ -52,7 +52,6 @@ var (
 	errStatusLine     = malformed("malformed status line")
 	errSwitch         = malformed("upstream switched protocols unasked")
 	errTooManyInforms = malformed("too many informational responses")
-	errUnasked        = malformed("bytes after the response")
 
 	errChunkSize    = malformed("malformed chunk size")
 	errChunkEnd     = malformed("chunk does not end with CRLF")

@@ -290,8 +290,21 @@ func checkEncoding(path string) error {
 	return nil
 }
 
-// validHost checks an authority's characters. Brackets and port are left to
-// the application: policy compares the string as a whole.
+// validHost checks an authority: a name or IP literal, and perhaps a port. The
+// Session judges the string as a whole.
 func validHost(host string) bool {
-	return host != "" && len(host) <= 255+len(":65535") && all(&hostChars, host)
+	if host == "" || len(host) > 255+len(":65535") {
+		return false
+	}
+	name, port := host, ""
+	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
+		name, port = host[:i], host[i+1:]
+	}
+	if !all(&digits, port) {
+		return false
+	}
+	if n := len(name); n > 2 && name[0] == '[' && name[n-1] == ']' {
+		return all(&literalChars, name[1:n-1])
+	}
+	return name != "" && all(&hostChars, name)
 }

@@ -457,3 +457,62 @@ func TestDialFailures(t *testing.T) {
 		}
 	}
 }
+
+// TestUnwritableVerdict: a path that cannot be written as it was judged is refused.
+func TestUnwritableVerdict(t *testing.T) {
+	tests := []struct {
+		name string
+		v    engine.Verdict
+	}{
+		{"path: space", engine.Verdict{Path: "/a b"}},
+		{"path: CR LF", engine.Verdict{Path: "/a\r\nX: y"}},
+		{"path: question mark", engine.Verdict{Path: "/a?b"}},
+		{"path: fragment", engine.Verdict{Path: "/a#b"}},
+		{"path: relative", engine.Verdict{Path: "a"}},
+		{"query: space", engine.Verdict{SetQuery: true, Query: "a b"}},
+		{"query: fragment", engine.Verdict{SetQuery: true, Query: "a#b"}},
+		{"host: list", engine.Verdict{Host: "a,b"}},
+	}
+	for _, tt := range tests {
+		for _, h2 := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, h2 %v", tt.name, h2), func(t *testing.T) {
+				s := &session{begin: func(*engine.Request) engine.Verdict { return tt.v }}
+				f := start(t, engine.Config{}, s, h2)
+				c := h1client(t)
+				if h2 {
+					c = h2client(t)
+				}
+				res, err := c.Get("http://" + f.addr + "/")
+				if err != nil {
+					t.Fatal(err)
+				}
+				res.Body.Close()
+				if o := s.outcomes(t, 1)[0]; res.StatusCode != 400 || o.Reason != engine.ReasonMalformed || s.dials != 0 {
+					t.Errorf("got %d, outcome %+v, %d dials", res.StatusCode, o, s.dials)
+				}
+			})
+		}
+	}
+}
+
+// TestEarlyResponseSlowClient: a client that trickles a body nobody wants does
+// not hold the connection.
+func TestEarlyResponseSlowClient(t *testing.T) {
+	s := &session{addr: scripted(t, "")}
+	f := start(t, engine.Config{}, s, false)
+	c := connect(t, f.addr)
+	c.send("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n")
+	go func() {
+		for {
+			if _, err := c.Write([]byte("x")); err != nil {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	if res, _ := c.response("POST"); res.StatusCode != 502 || !res.Close {
+		t.Errorf("got %d, close %v", res.StatusCode, res.Close)
+	}
+	s.outcomes(t, 1)
+	c.closed()
+}
