@@ -394,18 +394,28 @@ func TestRetry(t *testing.T) {
 // TestClosedIdleUpstream: a connection that the upstream closed while it was
 // idle is noticed before anything is sent on it, so that even a POST succeeds.
 func TestClosedIdleUpstream(t *testing.T) {
-	s := &session{addr: scripted(t, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")}
+	hungUp := make(chan struct{})
+	s := &session{addr: rawApp(t, func(c net.Conn, r *bufio.Reader) {
+		req, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		io.Copy(io.Discard, req.Body)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		hungUp <- struct{}{} // once the response was relayed
+		c.Close()
+		hungUp <- struct{}{}
+	})}
 	f := start(t, engine.Config{}, s, false)
 	c := connect(t, f.addr)
-	for range 3 {
-		c.send("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-		c.response("GET")
-		time.Sleep(20 * time.Millisecond) // the close arrives
+	for i := range 4 {
 		c.send("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi")
 		if res, _ := c.response("POST"); res.StatusCode != 200 {
 			t.Fatalf("got %d", res.StatusCode)
 		}
-		time.Sleep(20 * time.Millisecond)
+		s.outcomes(t, i+1)
+		<-hungUp
+		<-hungUp
 	}
 }
 
