@@ -252,7 +252,10 @@ func (c svidCheck) path() *verifyResult {
 		if root := c.signer(cert, c.roots); root != nil {
 			return c.times(root, "the root "+nameOf(root))
 		}
-		if cert.CheckSignatureFrom(cert) == nil {
+		if selfSigned(cert) && !cert.IsCA {
+			return fail("unknown authority", hintReissue, "%s signed itself; no authority vouches for it", nameOf(cert))
+		}
+		if selfSigned(cert) {
 			return fail("unknown authority", hintBundle, "the chain ends in the root %s (key id %x), which is not in the bundle (which has %s)",
 				nameOf(cert), cert.SubjectKeyId, keyIDs(c.roots))
 		}
@@ -266,6 +269,11 @@ func (c svidCheck) path() *verifyResult {
 		cert = parent
 	}
 	return fail("no path to a root", "see the chain with `castellan cert inspect`", "the chain goes round in a circle")
+}
+
+// selfSigned asks for the key only, not for the right to sign.
+func selfSigned(c *x509.Certificate) bool {
+	return bytes.Equal(c.RawIssuer, c.RawSubject) && c.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil
 }
 
 const hintBundle = "use the bundle of the mesh that issued it"
