@@ -36,6 +36,9 @@ type live struct {
 	subject authz.Peer
 	// tcp: judged as a whole; HTTP is judged request by request.
 	tcp bool
+	// tunnels judges the WebSocket that may live on an HTTP connection, as a
+	// whole too; nil where there can be none.
+	tunnels func(*state) bool
 	// upstream names the endpoint an outbound connection went to.
 	upstream *upstream
 
@@ -122,6 +125,9 @@ func (p *Proxy) stillAccepted(l *live, st *state) (string, error) {
 		return closedMode, nil
 	}
 	if l.tcp && !p.authorizeTCP(st, l.subject).Allowed {
+		return closedPolicy, nil
+	}
+	if l.tunnels != nil && !l.tunnels(st) {
 		return closedPolicy, nil
 	}
 	return "", nil

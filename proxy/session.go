@@ -36,6 +36,8 @@ type inboundSession struct {
 	// judged is the policy in force when it was made, with what the connection
 	// fixes evaluated.
 	judged atomic.Pointer[judged]
+	// tunnel is the WebSocket that lives on the connection; nil for none.
+	tunnel atomic.Pointer[tunnel]
 }
 
 type judged struct {
@@ -123,12 +125,19 @@ func (s *inboundSession) Begin(r *engine.Request) engine.Verdict {
 	}
 	x.xfcc = s.xfcc
 	c := &x.verdict
+	client := remoteIP(r, pol.mesh.NumTrustedProxies)
 	c.Judge(judge.Request{
-		Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: x,
-		RemoteIP: remoteIP(r, pol.mesh.NumTrustedProxies),
+		Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: x, RemoteIP: client,
 	}, pol.mesh.PathNormalization, pol.tokens, s.judgeNow(pol))
 	if c.Status != 200 {
 		return p.refuseRequest(x, c.Status, c.Kind, c.Reason)
+	}
+	if r.WebSocket {
+		s.tunnel.Store(newTunnel(r, s.xfcc, client, pol))
+		// A change between the judgement and here would have passed it by.
+		if !s.stillTunnels(p.store.load()) {
+			return p.refuseRequest(x, 403, judge.KindPolicy, closedPolicy)
+		}
 	}
 	x.remove = append(append(x.remove, headerXFCC), c.Remove...)
 	for _, h := range c.Set {
@@ -194,6 +203,9 @@ func (in *inbound) dial(ctx context.Context) (net.Conn, error) {
 // End writes the line and counts. The strings of r are used again after it.
 func (s *inboundSession) End(r *engine.Request, o *engine.Outcome) {
 	p := s.in.p
+	if r.WebSocket {
+		s.tunnel.Store(nil)
+	}
 	p.metrics.request(inboundSide, o.Status, o.RequestBytes, o.ResponseBytes, o.Total)
 	x, _ := r.Aux.(*exchange)
 	if p.cfg.AccessLog != nil {
@@ -201,6 +213,9 @@ func (s *inboundSession) End(r *engine.Request, o *engine.Outcome) {
 		e.Direction, e.Peer, e.Source, e.Destination = "inbound", s.peer, s.source, s.in.app
 		if x != nil {
 			x.describe(&e)
+		}
+		if why := s.live.why(); o.Upgraded && why != "" {
+			e.Reason = why // what closed the tunnel
 		}
 		p.cfg.AccessLog.Add(&e)
 	}
