@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime/debug"
 
 	"castellan.dev/internal/config"
 	"castellan.dev/internal/run"
@@ -39,12 +38,6 @@ func start(ctx context.Context, args []string, stderr io.Writer) error {
 	var cfg config.Server
 	if err := config.Load(*file, &cfg); err != nil {
 		return err
-	}
-	// The live heap is small and garbage comes per certificate, so collecting at
-	// five times the live heap costs a few tens of MB and saves a twentieth of the
-	// CPU. GOGC and GOMEMLIMIT, where set, decide instead.
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
 	}
 	return serve(ctx, &cfg, stderr)
 }

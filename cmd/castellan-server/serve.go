@@ -59,7 +59,7 @@ func serve(ctx context.Context, cfg *config.Server, stderr io.Writer) (err error
 	}
 	p.log.Info("server started", "trustDomain", p.trustDomain.Name(),
 		"grpc", p.listeners.grpc.Addr().String(), "http", p.listeners.http.Addr().String(), "adminSocket", cfg.AdminSocket)
-	err = run.All(ctx, p.parts...)
+	err = run.All(ctx, append(p.parts, tuneCollector)...)
 	p.log.Info("server stopped")
 	return err
 }
