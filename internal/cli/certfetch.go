@@ -103,7 +103,7 @@ func (f fetcher) deliver(c *workloadapi.X509Context) error {
 	}
 	roots = bundle.X509Authorities()
 	if err := os.MkdirAll(f.dir, 0o755); err != nil {
-		return err
+		return fmt.Errorf("--write: %w", err)
 	}
 	// The key first: whoever sees a new certificate finds its key.
 	for _, file := range []struct {
@@ -116,7 +116,7 @@ func (f fetcher) deliver(c *workloadapi.X509Context) error {
 		{"bundle.pem", encodePEM(roots), 0o644},
 	} {
 		if err := replaceFile(filepath.Join(f.dir, file.name), file.data, file.mode); err != nil {
-			return err
+			return fmt.Errorf("--write: %w", err)
 		}
 	}
 	fmt.Fprintf(f.env.err, "%s: svid.pem, svid_key.pem, bundle.pem for %s, valid until %s\n", f.dir, svid.ID, svid.Certificates[0].NotAfter.UTC().Format(time.RFC3339))
@@ -148,7 +148,7 @@ func replaceFile(path string, data []byte, mode os.FileMode) error {
 	}
 	_, werr := f.Write(data)
 	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
+		return fmt.Errorf("%s: %w", path, err)
 	}
 	return os.Rename(f.Name(), path)
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -52,10 +53,10 @@ func describeChain(certs []*x509.Certificate, now time.Time) []certView {
 	for i, c := range certs {
 		views[i] = describe(c, now)
 		views[i].issuerIndex = -1
+		views[i].SelfSigned = selfSigned(c)
 		for j, parent := range certs {
 			if c.CheckSignatureFrom(parent) == nil {
 				views[i].SignedBy = nameOf(parent)
-				views[i].SelfSigned = i == j || c.Equal(parent)
 				if i != j {
 					views[i].issuerIndex = j
 				}
@@ -182,9 +183,16 @@ func extKeyUsageNames(c *x509.Certificate) []string {
 func constraintLines(c *x509.Certificate) []string {
 	var out []string
 	add := func(kind string, values []string) {
-		if len(values) > 0 {
-			out = append(out, kind+" "+strings.Join(values, ", "))
+		if len(values) == 0 {
+			return
 		}
+		shown := slices.Clone(values)
+		for i, v := range shown {
+			if v == "" { // every name ends in nothing (RFC 5280 section 4.2.1.10)
+				shown[i] = "(any)"
+			}
+		}
+		out = append(out, kind+" "+strings.Join(shown, ", "))
 	}
 	var permittedIP, excludedIP []string
 	for _, n := range c.PermittedIPRanges {
@@ -309,7 +317,7 @@ func humanDuration(d time.Duration) string {
 	case d >= 48*time.Hour:
 		return fmt.Sprintf("%dd%dh", d/(24*time.Hour), d%(24*time.Hour)/time.Hour)
 	default:
-		return d.Round(time.Second).String()
+		return d.Truncate(time.Second).String()
 	}
 }
 

@@ -67,7 +67,11 @@ which changes nothing in the exit code. Exit code 2 when there are findings.`,
 
 func (e *env) printFindings(findings []lintFinding, certs int) error {
 	if len(findings) == 0 {
-		_, err := fmt.Fprintf(e.out, "%d certificates, no findings\n", certs)
+		plural := "s"
+		if certs == 1 {
+			plural = ""
+		}
+		_, err := fmt.Fprintf(e.out, "%d certificate%s, no findings\n", certs, plural)
 		return err
 	}
 	for _, f := range findings {

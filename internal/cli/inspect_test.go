@@ -67,7 +67,7 @@ func TestInspectFile(t *testing.T) {
 	t.Run("table: SPIFFE ID first, then what signed it", func(t *testing.T) {
 		r := castellanRun(t, "cert", "inspect", file).want(t, 0,
 			"ECDSA P-256", "digitalSignature, serverAuth, clientAuth", "└─ signed by svid issuer", "└─ signed by root",
-			"yes, path length 0", "excluded IP 0.0.0.0/0, ::/0", "(9h59m", "s left, 50% of life used)", "serial", "signed by    itself")
+			"yes, path length 0", "excluded IP 0.0.0.0/0, ::/0", "excluded DNS (any)", "(9h59m", "s left, 50% of life used)", "serial", "signed by    itself")
 		if !strings.HasPrefix(r.out, ordersID+"\n") || r.err != "" {
 			t.Errorf("SPIFFE ID is not first, or there was talk:\n%s%s", r.out, r.err)
 		}
