@@ -154,12 +154,12 @@ func (c *Client) stream(parent context.Context) (answered bool, err error) {
 			answered = true
 			c.connected.Store(true)
 			if err := st.Send(c.take(resp)); err != nil {
-				return answered, sendError(st, err)
+				return answered, awaitCause(ctx, err, responses, failed)
 			}
 		case <-c.poke:
 			for _, req := range c.takeNames() {
 				if err := st.Send(req); err != nil {
-					return answered, sendError(st, err)
+					return answered, awaitCause(ctx, err, responses, failed)
 				}
 			}
 		case err := <-failed:
@@ -179,6 +179,22 @@ func sendError(st DeltaClientStream, err error) error {
 	for {
 		if _, err := st.Recv(); err != nil {
 			return err
+		}
+	}
+}
+
+// awaitCause is sendError once another goroutine receives: gRPC allows one receiver.
+func awaitCause(ctx context.Context, err error, responses <-chan *discoveryv3.DeltaDiscoveryResponse, failed <-chan error) error {
+	if !errors.Is(err, io.EOF) {
+		return err
+	}
+	for {
+		select {
+		case <-responses: // what is not acknowledged comes again on the next stream
+		case cause := <-failed:
+			return cause
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }
