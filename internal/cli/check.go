@@ -196,7 +196,7 @@ func (c *checker) serving() {
 func (c *checker) authorities() {
 	conn, err := dialSocket(c.file.Server.Admin)
 	if err != nil {
-		c.verdict("authorities", err, "", "")
+		c.verdict("authorities", err, "", "up.json is damaged; start the mesh again")
 		return
 	}
 	defer conn.Close()
@@ -209,7 +209,7 @@ func (c *checker) authorities() {
 	}
 	view, err := viewStatus(status)
 	if err != nil {
-		c.verdict("authorities", err, "", "")
+		c.verdict("authorities", err, "", "the server and this command are of different versions?")
 		return
 	}
 	for _, a := range view.Certificates {
@@ -258,7 +258,7 @@ func (c *checker) workload(name string, w up.Workload) {
 func (c *checker) policies() {
 	conn, err := dialSocket(c.file.Server.Admin)
 	if err != nil {
-		c.verdict("policies", err, "", "")
+		c.verdict("policies", err, "", "up.json is damaged; start the mesh again")
 		return
 	}
 	defer conn.Close()
