@@ -34,10 +34,11 @@ up: build ## run a whole mesh on this machine until Ctrl-C
 	@exec $(BUILD)/castellan up $(UPFLAGS)
 
 test: tools build ## install what tests need, then run every test of every module
-	@for m in $(MODULES); do \
+	@failed=; for m in $(MODULES); do \
 	  echo "== $$m"; \
-	  (cd $$m && $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary=output -- -race -timeout 20m ./...) || exit 1; \
-	done
+	  (cd $$m && $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary=output -- -race -timeout 20m ./...) || failed="$$failed $$m"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 unit: ## the quick tests, without race detector and real peers
 	go test -short ./...

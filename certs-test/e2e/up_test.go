@@ -161,7 +161,7 @@ func TestSampleMesh(t *testing.T) {
 	})
 
 	t.Run("a second one on the directory is refused", func(t *testing.T) {
-		castellan(t, "up", "--data-dir", m.dir).want(t, 3, "in use by another")
+		castellan(t, "up", "--data-dir", m.dir).want(t, 1, "in use by another")
 	})
 }
 
@@ -274,6 +274,28 @@ func TestUpRefusesBadInput(t *testing.T) {
 	}
 }
 
+// TestUpRefusesAForeignDirectory: what another user prepared is not used, nor a
+// link followed.
+func TestUpRefusesAForeignDirectory(t *testing.T) {
+	foreign := shortDir(t)
+	if os.Getuid() == 0 {
+		if err := os.Chown(foreign, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		castellan(t, "up", "--data-dir", foreign).want(t, 3, "belongs to another user")
+	}
+	open := shortDir(t)
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	castellan(t, "up", "--data-dir", open).want(t, 3, "others may write", "chmod")
+	linked := shortDir(t)
+	if err := os.Symlink(shortDir(t), filepath.Join(linked, "tokens")); err != nil {
+		t.Fatal(err)
+	}
+	castellan(t, "up", "--data-dir", linked).want(t, 3, "is not a directory")
+}
+
 func TestUpSaysWhichPortIsTaken(t *testing.T) {
 	dir := shortDir(t)
 	m := start(t, dir)
@@ -284,7 +306,7 @@ func TestUpSaysWhichPortIsTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	castellan(t, "up", "--data-dir", dir).want(t, 3, addr, "server/grpc", "in use by another program")
+	castellan(t, "up", "--data-dir", dir).want(t, 1, addr, "server/grpc", "in use by another program")
 }
 
 func TestUpJSONOutput(t *testing.T) {

@@ -71,16 +71,22 @@ type mesh struct {
 	users     *issuer
 }
 
-// prepare writes everything the parts read. Nothing runs yet.
-func (m *mesh) prepare() error {
+// checkSockets refuses a directory under which the kernel would refuse a socket.
+func (m *mesh) checkSockets() error {
+	paths := []string{m.layout.path("server", "admin.sock")}
 	for _, w := range sampleWorkloads {
-		if err := config.CheckSocketPath(m.socket(w)); err != nil {
+		paths = append(paths, m.socket(w))
+	}
+	for _, path := range paths {
+		if err := config.CheckSocketPath(path); err != nil {
 			return inputErrorf("--data-dir: the socket %w", err)
 		}
 	}
-	if err := config.CheckSocketPath(m.layout.path("server", "admin.sock")); err != nil {
-		return inputErrorf("--data-dir: the socket %w", err)
-	}
+	return nil
+}
+
+// prepare writes everything the parts read. Nothing runs yet.
+func (m *mesh) prepare() error {
 	var err error
 	if m.state, err = loadState(m.layout.path("state.json"), m.trustDomain.Name(), m.portNames(), m.uidNames()); err != nil {
 		return err
@@ -127,12 +133,6 @@ func (m *mesh) socket(w sampleWorkload) string { return m.layout.path("sockets",
 func (m *mesh) token(name string) string       { return m.layout.path("tokens", name) }
 
 func (m *mesh) openIssuers() error {
-	if err := os.MkdirAll(m.layout.path("issuer"), 0o700); err != nil {
-		return fmt.Errorf("up: %w", err)
-	}
-	if err := os.MkdirAll(m.layout.path("tokens"), 0o700); err != nil {
-		return fmt.Errorf("up: %w", err)
-	}
 	var err error
 	if m.workloads, err = openIssuer(workloadIssuerName, m.layout.path("issuer", "workloads.key"), jose.RS256); err != nil {
 		return err

@@ -35,8 +35,10 @@ const (
 	stopGrace = 8 * time.Second
 	// maxDeaths is how often a part may end while it is waited for.
 	maxDeaths = 3
-	// maxLog is where a log file is moved aside at the next start.
-	maxLog = 64 << 20
+	// maxLog is where a log begins anew, so that no flood of lines fills the disk
+	// that the ledger needs.
+	maxLog   = 64 << 20
+	logCheck = 5 * time.Second
 )
 
 // supervisor starts children, restarts those that die, and ends all with its context.
@@ -74,8 +76,14 @@ func newSupervisor(log *slog.Logger, logDir string) *supervisor {
 func (s *supervisor) Run(ctx context.Context) error {
 	// Children outlive ctx by the time it takes to stop them in order.
 	var children []*child
+	logs := time.NewTicker(logCheck)
+	defer logs.Stop()
 	for {
 		select {
+		case <-logs.C:
+			for _, c := range children {
+				s.trimLog(c.process.name)
+			}
 		case req := <-s.start:
 			c := &child{process: req.process, sup: s, stop: make(chan struct{}), done: make(chan struct{}), started: make(chan error, 1)}
 			go c.loop()
@@ -172,6 +180,20 @@ func (s *supervisor) logFile(name string) string {
 	return filepath.Join(s.logDir, strings.ReplaceAll(name, "/", ".")+".log")
 }
 
+// trimLog empties a log that has grown too large. Parts append to it, so they go
+// on at its new end; what it held is given up.
+func (s *supervisor) trimLog(name string) {
+	path := s.logFile(name)
+	st, err := os.Lstat(path)
+	if err != nil || st.Size() <= maxLog {
+		return
+	}
+	s.log.Warn("log is emptied", "part", name, "bytes", st.Size())
+	if err := os.Truncate(path, 0); err != nil {
+		s.log.Error("log could not be emptied", "part", name, "error", err)
+	}
+}
+
 // child is one part over its successive processes.
 type child struct {
 	process process
@@ -221,13 +243,8 @@ func (c *child) loop() {
 
 func (c *child) spawn() (*exec.Cmd, error) {
 	name := c.sup.logFile(c.process.name)
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return nil, fmt.Errorf("up: %w", err)
-	}
-	if st, err := os.Stat(name); err == nil && st.Size() > maxLog {
-		_ = os.Rename(name, name+".old")
-	}
-	out, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	c.sup.trimLog(c.process.name)
+	out, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("up: %w", err)
 	}

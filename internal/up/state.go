@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 )
 
@@ -24,6 +25,50 @@ type layout struct{ dir string }
 
 func (l layout) path(elem ...string) string {
 	return filepath.Join(append([]string{l.dir}, elem...)...)
+}
+
+// private are the folders with keys, tokens and logs, which nobody else may read.
+var private = []string{"server", "issuer", "tokens", "logs", "config", "sockets"}
+
+// make makes the directory and its folders. It refuses what somebody else
+// prepared: a link, another owner, or a folder that others may write to would let
+// him put keys or tokens of his in place of ours, or have ours written where he
+// can take them away.
+func (l layout) make() error {
+	if err := os.MkdirAll(l.dir, 0o755); err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	if err := ownDirectory(l.dir); err != nil {
+		return err
+	}
+	for _, name := range private {
+		path := l.path(name)
+		if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("up: %w", err)
+		}
+		if err := ownDirectory(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ownDirectory refuses what is not a directory of this user's alone to write to.
+func ownDirectory(path string) error {
+	st, err := os.Lstat(path)
+	if err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	switch {
+	case !st.IsDir():
+		return inputErrorf("up: %s is not a directory (a link is not followed); choose another --data-dir", path)
+	case !ok || int(sys.Uid) != os.Getuid():
+		return inputErrorf("up: %s belongs to another user; choose another --data-dir", path)
+	case st.Mode().Perm()&0o022 != 0:
+		return inputErrorf("up: others may write to %s; run `chmod go-w %s` if you trust what is in it, or choose another --data-dir", path, path)
+	}
+	return nil
 }
 
 // state is what must stay the same from one start to the next.
@@ -131,7 +176,7 @@ func (s *state) checkPorts(wait time.Duration) error {
 			}
 			// A part of a run that was killed a moment ago may still be going.
 			if time.Now().After(deadline) { //nolint:forbidigo // as above
-				return inputErrorf("up: %s, the port of %s in this data directory, is in use by another program; stop it, or remove state.json to get new ports", s.addr(name), name)
+				return fmt.Errorf("up: %s, the port of %s in this data directory, is in use by another program; stop it, or remove state.json to get new ports", s.addr(name), name)
 			}
 			time.Sleep(50 * time.Millisecond)
 		}

@@ -63,6 +63,12 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
+	if err := m.checkSockets(); err != nil {
+		return err
+	}
+	if err := m.layout.make(); err != nil {
+		return err
+	}
 	lock, err := lockDir(m.layout.dir)
 	if err != nil {
 		return err
@@ -118,21 +124,18 @@ func (m *mesh) start(ctx context.Context, sup *supervisor) error {
 	}
 }
 
-// lockDir makes dir and holds it for this process: two runs on one directory
-// would fight over keys and ports.
+// lockDir holds dir for this process: two runs on one directory would fight over
+// keys and ports.
 func lockDir(dir string) (*os.File, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("up: %w", err)
-	}
 	path := filepath.Join(dir, "lock")
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("up: %w", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, inputErrorf("up: %s is in use by another `castellan up`; stop that one or choose another --data-dir", dir)
+			return nil, fmt.Errorf("up: %s is in use by another `castellan up`; stop that one or choose another --data-dir", dir)
 		}
 		return nil, fmt.Errorf("up: lock %s: %w", path, err)
 	}
