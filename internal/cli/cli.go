@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -32,6 +33,18 @@ type env struct {
 	out, err io.Writer
 }
 
+// sharedWriter takes lines from several goroutines.
+type sharedWriter struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (s *sharedWriter) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.Write(b)
+}
+
 // invalidError is a mistake in what was asked: exit code 3.
 type invalidError struct{ err error }
 
@@ -49,6 +62,7 @@ var errNegative = errors.New("negative answer")
 func Main(args []string, in io.Reader, out, errw io.Writer) int {
 	ctx, stop := run.WithSignals(context.Background())
 	defer stop()
+	errw = &sharedWriter{w: errw} // progress is said while the work goes on
 	e := &env{in: in, out: out, err: errw}
 	root := e.root(filepath.Base(args[0]))
 	root.SetArgs(args[1:])

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -73,14 +74,32 @@ func TestColour(t *testing.T) {
 	}
 }
 
+// lockedBuffer is read while others may write.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
 // Work that takes more than two seconds says what it is about, once.
 func TestProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var out bytes.Buffer
+		var out lockedBuffer
 		stop := cli.Progress(&out, "reading 127.0.0.1:15012")
 		time.Sleep(1900 * time.Millisecond)
 		synctest.Wait()
-		if out.Len() > 0 {
+		if out.String() != "" {
 			t.Errorf("too early: %q", out.String())
 		}
 		time.Sleep(time.Minute)
@@ -89,12 +108,12 @@ func TestProgress(t *testing.T) {
 		if out.String() != "reading 127.0.0.1:15012 …\n" {
 			t.Errorf("%q", out.String())
 		}
-		out.Reset()
-		cli.Progress(&out, "x")()
+		var quick lockedBuffer
+		cli.Progress(&quick, "x")()
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if out.Len() > 0 {
-			t.Errorf("after the end: %q", out.String())
+		if quick.String() != "" {
+			t.Errorf("after the end: %q", quick.String())
 		}
 	})
 }
