@@ -250,7 +250,9 @@ func checkSAN(value []byte, id spiffeid.ID) error {
 			return refuse("csr.san", "more than one URI")
 		}
 		if string(name) != id.String() {
-			return refuse("csr.san", "URI differs from the attested identity")
+			// For the audit record: who asked to be whom. It is the caller's text,
+			// so it is quoted and short.
+			return refuse("csr.san", "URI differs from the attested identity: %q", name[:min(len(name), 256)])
 		}
 	}
 	return nil

@@ -132,7 +132,7 @@ func TestCSRRefused(t *testing.T) {
 		"e-mail":                      {with(x509.CertificateRequest{EmailAddresses: []string{"a@b"}}), "csr.san", "only a URI is accepted"},
 		"DNS name beside identity":    {san(uri, generalName(2, "orders")), "csr.san", "only a URI is accepted"},
 		"registered ID, which the standard library skips": {san(uri, generalName(8, "\x2a\x03")), "csr.san", "only a URI is accepted"},
-		"foreign identity":             {with(x509.CertificateRequest{URIs: []*url.URL{mustURL("spiffe://cluster.local/ns/shop/sa/payments")}}), "csr.san", "URI differs from the attested identity"},
+		"foreign identity":             {with(x509.CertificateRequest{URIs: []*url.URL{mustURL("spiffe://cluster.local/ns/shop/sa/payments")}}), "csr.san", `URI differs from the attested identity: "spiffe://cluster.local/ns/shop/sa/payments"`},
 		"foreign trust domain":         {with(x509.CertificateRequest{URIs: []*url.URL{mustURL("spiffe://other.example/ns/shop/sa/orders")}}), "csr.san", "URI differs"},
 		"trailing slash":               {with(x509.CertificateRequest{URIs: []*url.URL{mustURL(ordersID + "/")}}), "csr.san", "URI differs"},
 		"upper case":                   {san(generalName(6, strings.ToUpper(ordersID))), "csr.san", "URI differs"},

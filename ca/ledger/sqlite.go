@@ -16,7 +16,8 @@ import (
 	"time"
 
 	"github.com/pressly/goose/v3"
-	_ "modernc.org/sqlite" // the database driver "sqlite", without cgo
+	"modernc.org/sqlite" // also the database driver "sqlite", without cgo
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"castellan.dev/ca/internal/disk"
 )
@@ -91,11 +92,11 @@ func Open(ctx context.Context, cfg Config) (_ *SQLite, err error) {
 		}
 	}()
 	if err := s.open(ctx, path); err != nil {
-		return nil, fmt.Errorf("ledger: open %s: %w", path, err)
+		return nil, fmt.Errorf("ledger: open %s: %w", path, advise(err))
 	}
 	w, err := newWriter(ctx, s)
 	if err != nil {
-		return nil, fmt.Errorf("ledger: open %s: %w", path, err)
+		return nil, fmt.Errorf("ledger: open %s: %w", path, advise(err))
 	}
 	go w.run()
 	return s, nil
@@ -123,12 +124,27 @@ func (s *SQLite) open(ctx context.Context, path string) error {
 	s.readers.SetMaxOpenConns(4)
 	var mode string
 	if err := s.db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode); err != nil {
-		return fmt.Errorf("%w; if the file is damaged, restore it from a backup, or move it away and accept that what was issued before is unknown", err)
+		return err
 	}
 	if mode != "wal" {
 		return fmt.Errorf("journal mode is %q, want wal; the file system may not support it", mode)
 	}
 	return migrate(ctx, s.db)
+}
+
+// advise says what can be done about an error of SQLite's.
+func advise(err error) error {
+	var cause *sqlite.Error
+	if !errors.As(err, &cause) {
+		return err
+	}
+	switch cause.Code() & 0xff { // the primary code
+	case sqlite3.SQLITE_FULL:
+		return fmt.Errorf("%w; there is no space left on its disk: make room and start again, nothing is lost", err)
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
+		return fmt.Errorf("%w; the file is damaged: restore it from a backup, or move it away and accept that what was issued before is unknown", err)
+	}
+	return err
 }
 
 func migrate(ctx context.Context, db *sql.DB) error {
