@@ -157,3 +157,42 @@ func TestReadOnlyDataDirectory(t *testing.T) {
 	}
 	s.launch().refusesToStart(t, s.data, "read-only file system")
 }
+
+// TestFullDiskUnderAMesh: traffic does not notice that nothing can be signed, nor
+// does a proxy that starts meanwhile: the agent has what it needs.
+func TestFullDiskUnderAMesh(t *testing.T) {
+	dir := shortDir(t)
+	smallDisk(t, filepath.Join(dir, "server"), "size=8m")
+	m := start(t, dir)
+	ballast := m.path("server", "ballast")
+	fill(t, ballast)
+	stop := m.load(2)
+	castellan(t, "cert", "inspect", "unix:"+m.file().Workloads["shop/orders"].Socket).want(t, 0, ordersID.String())
+	m.wantStatus("guest/intruder", "orders", "GET", "/", 403)
+	if requests, failed, first := stop(); failed > 0 || requests == 0 {
+		t.Errorf("%d of %d requests failed, first: %s", failed, requests, first)
+	}
+	pid := m.file().Workloads["shop/orders"].PID
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the proxy of orders comes back", func() error {
+		if m.file().Workloads["shop/orders"].PID == pid {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	m.wantStatus("shop/frontend", "orders", "GET", "/", 200)
+	// Policy needs no room to be enforced.
+	m.write("90-extra.yaml", denyBench)
+	m.wantStatus("shop/frontend", "orders", "GET", "/closed", 403)
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "check is content", func() error {
+		if r := castellan(t, "check", "--up", m.path("up.json")); r.code != 0 {
+			return fmt.Errorf("%s", r.out)
+		}
+		return nil
+	})
+}

@@ -120,7 +120,7 @@ var nextPort atomic.Int64
 // ownPort returns a loopback address that nobody listens on, and never the same twice.
 func ownPort(t *testing.T) string {
 	t.Helper()
-	nextPort.CompareAndSwap(0, int64(os.Getpid()%(lastOwnPort-firstOwnPort)))
+	nextPort.CompareAndSwap(0, int64(os.Getpid()*97%(lastOwnPort-firstOwnPort)))
 	for range lastOwnPort - firstOwnPort {
 		port := firstOwnPort + int(nextPort.Add(1))%(lastOwnPort-firstOwnPort)
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
