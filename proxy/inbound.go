@@ -189,7 +189,7 @@ func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol) (protocol, error)
 // the state of its moment and none is missed by a change.
 func (in *inbound) serveHTTP(ctx context.Context, conn net.Conn, l *live, h2 bool, source netip.AddrPort) {
 	s := newInboundSession(in, l, source)
-	l.tunnels = s.stillTunnels
+	l.requests = s.rejudge
 	served := in.p.inboundEngine.NewConn(conn, h2, s)
 	l.closeNow, l.gracefully = served.CloseNow, served.CloseGracefully
 	in.p.watch(l, func() { served.Serve(ctx) })

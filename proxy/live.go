@@ -36,9 +36,9 @@ type live struct {
 	subject authz.Peer
 	// tcp: judged as a whole; HTTP is judged request by request.
 	tcp bool
-	// tunnels judges the WebSocket that may live on an HTTP connection, as a
-	// whole too; nil where there can be none.
-	tunnels func(*state) bool
+	// requests judges the requests in flight of an HTTP connection, and ends those
+	// that would be refused; nil where policy does not judge them.
+	requests func(*state)
 	// upstream names the endpoint an outbound connection went to.
 	upstream *upstream
 
@@ -104,6 +104,8 @@ func (p *Proxy) rejudge() {
 	p.registry.each(func(l *live) {
 		if reason, err := p.stillAccepted(l, st); reason != "" {
 			p.end(l, reason, err)
+		} else if l.requests != nil {
+			l.requests(st)
 		}
 	})
 }
@@ -125,9 +127,6 @@ func (p *Proxy) stillAccepted(l *live, st *state) (string, error) {
 		return closedMode, nil
 	}
 	if l.tcp && !p.authorizeTCP(st, l.subject).Allowed {
-		return closedPolicy, nil
-	}
-	if l.tunnels != nil && !l.tunnels(st) {
 		return closedPolicy, nil
 	}
 	return "", nil

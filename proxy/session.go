@@ -36,8 +36,7 @@ type inboundSession struct {
 	// judged is the policy in force when it was made, with what the connection
 	// fixes evaluated.
 	judged atomic.Pointer[judged]
-	// tunnel is the WebSocket that lives on the connection; nil for none.
-	tunnel atomic.Pointer[tunnel]
+	flying inFlight
 }
 
 type judged struct {
@@ -76,6 +75,14 @@ type exchange struct {
 	set      []engine.Field
 	endpoint *endpoint
 	port     *servicePort
+
+	// remoteIP is the client's as trusted proxies told it.
+	remoteIP netip.Addr
+	// The rest is under inFlight's lock: policy is what x was judged by last, ended
+	// says that it would not be let through any more.
+	policy      *policyState
+	open, ended bool
+	prev, next  *exchange
 }
 
 // exchanges are pooled and keep their slices.
@@ -96,6 +103,7 @@ func (e *exchanges) put(x *exchange) {
 	clear(x.remove)
 	clear(x.set)
 	x.request, x.xfcc, x.reason, x.endpoint, x.port = nil, nil, "", nil, nil
+	x.policy, x.ended = nil, false
 	x.remove, x.set = x.remove[:0], x.set[:0]
 	e.pool.Put(x)
 }
@@ -125,19 +133,15 @@ func (s *inboundSession) Begin(r *engine.Request) engine.Verdict {
 	}
 	x.xfcc = s.xfcc
 	c := &x.verdict
-	client := remoteIP(r, pol.mesh.NumTrustedProxies)
+	x.remoteIP = remoteIP(r, pol.mesh.NumTrustedProxies)
 	c.Judge(judge.Request{
-		Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: x, RemoteIP: client,
+		Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: x, RemoteIP: x.remoteIP,
 	}, pol.mesh.PathNormalization, pol.tokens, s.judgeNow(pol))
 	if c.Status != 200 {
 		return p.refuseRequest(x, c.Status, c.Kind, c.Reason)
 	}
-	if r.WebSocket {
-		s.tunnel.Store(newTunnel(r, s.xfcc, client, pol))
-		// A change between the judgement and here would have passed it by.
-		if !s.stillTunnels(p.store.load()) {
-			return p.refuseRequest(x, 403, judge.KindPolicy, closedPolicy)
-		}
+	if !s.entered(x, pol) {
+		return p.refuseRequest(x, 403, judge.KindPolicy, closedPolicy)
 	}
 	x.remove = append(append(x.remove, headerXFCC), c.Remove...)
 	for _, h := range c.Set {
@@ -203,11 +207,11 @@ func (in *inbound) dial(ctx context.Context) (net.Conn, error) {
 // End writes the line and counts. The strings of r are used again after it.
 func (s *inboundSession) End(r *engine.Request, o *engine.Outcome) {
 	p := s.in.p
-	if r.WebSocket {
-		s.tunnel.Store(nil)
+	x, _ := r.Aux.(*exchange)
+	if x != nil {
+		s.flying.leave(x)
 	}
 	p.metrics.request(inboundSide, o.Status, o.RequestBytes, o.ResponseBytes, o.Total)
-	x, _ := r.Aux.(*exchange)
 	if p.cfg.AccessLog != nil {
 		e := entryOf(r, o)
 		e.Direction, e.Peer, e.Source, e.Destination = "inbound", s.peer, s.source, s.in.app
@@ -216,6 +220,8 @@ func (s *inboundSession) End(r *engine.Request, o *engine.Outcome) {
 		}
 		if why := s.live.why(); o.Upgraded && why != "" {
 			e.Reason = why // what closed the tunnel
+		} else if x != nil && x.ended {
+			e.Reason = closedPolicy
 		}
 		p.cfg.AccessLog.Add(&e)
 	}

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"errors"
 	"io"
 )
 
@@ -68,7 +69,7 @@ func (b *bodyIn) begin(w *wire, mode bodyMode, length int64) {
 	}
 }
 
-func (b *bodyIn) finished() bool   { return b.done && (b.err == nil || b.err == io.EOF) }
+func (b *bodyIn) finished() bool   { return b.done && (b.err == nil || errors.Is(b.err, io.EOF)) }
 func (b *bodyIn) trailer() []Field { return b.fields }
 
 func (b *bodyIn) ready() bool { return b.done || b.err != nil || b.wire.buffered() > 0 }
@@ -111,14 +112,14 @@ func (b *bodyIn) read(p []byte) (int, error) {
 		b.left -= int64(n)
 		b.done = b.left == 0
 	case untilClose:
-		if n, err = b.payload(p); err == io.EOF {
+		if n, err = b.payload(p); errors.Is(err, io.EOF) {
 			b.done = true
 		}
 	default:
 		n, err = b.readChunks(p)
 	}
 	b.total += int64(n)
-	if err == io.EOF && !b.done {
+	if errors.Is(err, io.EOF) && !b.done {
 		err = io.ErrUnexpectedEOF
 	}
 	b.err = err

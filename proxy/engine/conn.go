@@ -29,6 +29,9 @@ type Conn struct {
 	upstream *upConn                 // HTTP/1: that of the exchange in flight, closed with the connection
 	cancel   context.CancelCauseFunc // or that of its HTTP/2 stream
 	goAway   func()                  // HTTP/2
+	// resets counts streams the client gave up, in the second from resetsFrom on.
+	resets     int
+	resetsFrom time.Time
 }
 
 // NewConn prepares to serve an accepted connection; h2: it speaks HTTP/2 (by
@@ -156,7 +159,7 @@ func (c *Conn) linger() {
 	if !closeWrite(c.conn) {
 		return
 	}
-	_ = c.conn.SetReadDeadline(time.Now().Add(lingerTime))
+	_ = c.conn.SetReadDeadline(c.engine.cfg.Now().Add(lingerTime))
 	buf := c.engine.buffers.get(headBuffer)
 	defer c.engine.buffers.put(buf)
 	_, _ = io.CopyBuffer(io.Discard, &io.LimitedReader{R: c.conn, N: lingerBytes}, buf)

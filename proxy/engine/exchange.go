@@ -55,12 +55,13 @@ type exchange struct {
 	// unguard ends the watch over an HTTP/2 client's stream.
 	unguard func() bool
 
-	act    activity
-	halted atomic.Bool // reads of the client's body are to end
-	pump   pump
-	cancel context.CancelCauseFunc // of an HTTP/2 upstream request
-	upload *upload                 // its body
-	single *http2.ClientConn       // its connection, if it is for this request only
+	act     activity
+	aborted atomic.Bool // by Request.Abort, HTTP/2
+	halted  atomic.Bool // reads of the client's body are to end
+	pump    pump
+	cancel  context.CancelCauseFunc // of an HTTP/2 upstream request
+	upload  *upload                 // its body
+	single  *http2.ClientConn       // its connection, if it is for this request only
 	// got: a byte of a response came on this upstream connection.
 	got bool
 	// waiting: no final response head yet. Main goroutine only.
@@ -101,6 +102,7 @@ func (x *exchange) free() {
 	x.in = bodyIn{}
 	x.single, x.unguard = nil, nil
 	x.halted.Store(false)
+	x.aborted.Store(false)
 	x.conn, x.up, x.replay, x.cancel, x.upload = nil, nil, nil, nil, nil
 	x.got, x.waiting, x.continued = false, false, false
 	x.pump.reset()

@@ -42,7 +42,7 @@ func parseWhole(e *Engine, input io.Reader) (x *exchange, body []byte, bodyErr, 
 	for !x.in.finished() {
 		n, err := x.in.read(buf)
 		out.Write(buf[:n])
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return x, out.Bytes(), err, nil
 		}
 	}

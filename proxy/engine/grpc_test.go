@@ -99,7 +99,7 @@ func TestGRPC(t *testing.T) {
 			}
 		}
 		stream.CloseSend()
-		if err := stream.RecvMsg(&wrapperspb.BytesValue{}); err != io.EOF {
+		if err := stream.RecvMsg(&wrapperspb.BytesValue{}); !errors.Is(err, io.EOF) {
 			t.Fatalf("end: %v", err)
 		}
 		head, _ := stream.Header()
@@ -132,7 +132,7 @@ func TestGRPC(t *testing.T) {
 		}
 		for _, s := range streams {
 			s.CloseSend()
-			if err := s.RecvMsg(&wrapperspb.BytesValue{}); err != io.EOF {
+			if err := s.RecvMsg(&wrapperspb.BytesValue{}); !errors.Is(err, io.EOF) {
 				t.Fatal(err)
 			}
 		}

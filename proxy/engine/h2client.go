@@ -142,7 +142,7 @@ func (x *exchange) declaredTrailers() http.Header {
 		for list != "" {
 			var name string
 			name, list = cutOption(list)
-			if name == "" || !all(&tokenChars, name) || forbiddenTrailer(name) || x.verdict.drops(name) || len(declared) == maxTrailers {
+			if name == "" || !all(&tokenChars, name) || forbiddenTrailer(name) || underscored(name) || x.verdict.drops(name) || len(declared) == maxTrailers {
 				continue
 			}
 			if declared == nil {

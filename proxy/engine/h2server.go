@@ -65,6 +65,9 @@ func (c *Conn) handle(w http.ResponseWriter, r *http.Request) {
 	x.outcome.Start = c.engine.cfg.Now()
 	c.begin()
 	whole := x.serveStream(w, r)
+	if r.Context().Err() != nil && !x.aborted.Load() {
+		c.countReset(c.engine.cfg.Now())
+	}
 	c.end(x.outcome.Start.Add(x.outcome.Total))
 	x.free()
 	if !whole {
@@ -86,6 +89,13 @@ func (x *exchange) serveStream(w http.ResponseWriter, r *http.Request) bool {
 		x.note(fail(rf.status, rf.reason, err))
 		return to.answer(rf.status, "", nil)
 	}
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	x.req.abort = func() {
+		x.aborted.Store(true)
+		cancel(errAborted)
+		to.cut()
+	}
 	x.judge()
 	if x.verdict.Status != 0 {
 		return to.answer(x.verdict.Status, x.verdict.Body, x.verdict.Header)
@@ -93,16 +103,19 @@ func (x *exchange) serveStream(w http.ResponseWriter, r *http.Request) bool {
 	from := &h2Body{x: x, r: r, done: x.req.ContentLength == 0}
 	var f *failure
 	if x.verdict.Upstream.H2 {
-		f = x.forwardH2(r.Context(), from, to)
+		f = x.forwardH2(ctx, from, to)
 	} else {
 		dog := x.watch(to, nil) // HTTP/1.1 upstreams have deadlines; a stalled stream has none
 		dog.waiting.Store(false)
-		f = x.forwardH1(r.Context(), from, to)
+		f = x.forwardH1(ctx, from, to)
 		dog.stop()
 	}
 	whole := f == nil
 	if f != nil {
-		if r.Context().Err() != nil {
+		switch {
+		case x.aborted.Load():
+			f = fail(0, ReasonClosed, errAborted)
+		case r.Context().Err() != nil:
 			f = clientGone(f.err)
 		}
 		x.note(f)
@@ -115,6 +128,30 @@ func (x *exchange) serveStream(w http.ResponseWriter, r *http.Request) bool {
 	x.outcome.RequestBytes, x.outcome.ResponseBytes = from.total, to.total
 	return whole
 }
+
+// errAborted is why a request ended that the session gave up (Request.Abort).
+var errAborted = errors.New("engine: request aborted")
+
+// countReset notes a stream that its client gave up. Who opens streams only to
+// reset them costs more than a limit on open streams shows (CVE-2023-44487):
+// past two full sets of streams within a second the connection is told to go
+// away, and what it opens after that is not served.
+func (c *Conn) countReset(now time.Time) {
+	c.mu.Lock()
+	if now.Sub(c.resetsFrom) > time.Second {
+		c.resetsFrom, c.resets = now, 0
+	}
+	c.resets++
+	over := c.resets == max(2*c.engine.cfg.MaxStreams, minResets)
+	c.mu.Unlock()
+	if over {
+		c.engine.cfg.Log.Info("http/2 connection resets its streams too often, closing it", "peer", c.conn.RemoteAddr().String())
+		c.CloseGracefully()
+	}
+}
+
+// minResets is the least bound on resets within a second.
+const minResets = 20
 
 // fromH2 fills r from the library's request and holds it to the same rules as HTTP/1.
 func (r *Request) fromH2(in *http.Request, cfg *Config) error {

@@ -201,7 +201,7 @@ func (c *Conn) refuse(x *exchange, err error) (keep, linger bool) {
 	if r == errConnect {
 		extra = []Field{{"Allow", "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"}}
 	}
-	x.writeAnswer(r.status, "", extra)
+	_ = x.writeAnswer(r.status, "", extra) // the connection ends either way
 	x.report()
 	return false, true
 }

@@ -89,12 +89,10 @@ func appendInt(n int64) []byte { return strconv.AppendInt(nil, n, 10) }
 
 // space returns where the next payload bytes go; it may flush first.
 func (o *messageOut) space() ([]byte, error) {
-	free := o.free()
-	if int64(free) < min(leastRoom, o.want()) {
+	if int64(o.free()) < min(leastRoom, o.want()) {
 		if err := o.flush(); err != nil {
 			return nil, err
 		}
-		free = o.free()
 	}
 	if o.n == 0 && len(o.buf) < streamBuffer && o.want() > int64(len(o.buf)) && o.sent {
 		o.release()

@@ -57,16 +57,31 @@ type Request struct {
 	expect  bool // 100-continue
 	framing framing
 	values  []string // arena for Values
+	// abort ends an HTTP/2 request's stream.
+	abort func()
 }
 
 // Conn returns the connection the request came on.
 func (r *Request) Conn() *Conn { return r.conn }
 
+// Abort ends a request in flight without an answer: HTTP/2 resets its stream,
+// HTTP/1 closes the connection, and what went upstream ends with it. The Session
+// may call it from any goroutine between Begin and the return of End, which still
+// comes. It does not wait for the peer.
+func (r *Request) Abort() {
+	if r.abort != nil {
+		r.abort()
+		return
+	}
+	r.conn.CloseNow()
+}
+
 // Judged tells whether Begin was called for this request.
 func (r *Request) Judged() bool { return r.judged }
 
 // Fields returns the end-to-end fields as they would be forwarded, before the
-// verdict; Host is not among them. Do not change them.
+// verdict; Host is not among them. Do not change them. Unlike Values they may be
+// read from any goroutine between Begin and the return of End.
 func (r *Request) Fields() []Field { return r.fields }
 
 // Values returns every value of the named field, which is given in lower case;
@@ -130,8 +145,8 @@ func (r *Request) parse(b []byte, scan *headScan, cfg *Config) error {
 
 // add takes one field; those of the hop go no further.
 func (r *Request) add(field Field) error {
-	if strings.IndexByte(field.Name, '_') >= 0 {
-		return errUnderscore // CGI-style applications read "_" as "-"
+	if underscored(field.Name) {
+		return errUnderscore
 	}
 	kind := kindOf(field.Name)
 	switch kind {

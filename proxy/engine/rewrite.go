@@ -3,6 +3,7 @@ package engine
 import (
 	"net/http"
 	"slices"
+	"strings"
 )
 
 // requestHead writes the head as judged: the verdict's path, query and
@@ -85,9 +86,13 @@ func (s *requestSink) finish(trailer []Field) error {
 	return s.x.uout.finish(s.x.requestTrailer(trailer))
 }
 
+// underscored: CGI-style applications read "_" as "-", and so another field. A
+// head is refused for it; a trailer comes when the request has been forwarded.
+func underscored(name string) bool { return strings.IndexByte(name, '_') >= 0 }
+
 func (x *exchange) requestTrailer(trailer []Field) []Field {
 	return slices.DeleteFunc(trailer, func(f Field) bool {
-		return forbiddenTrailer(f.Name) || x.verdict.drops(f.Name)
+		return forbiddenTrailer(f.Name) || underscored(f.Name) || x.verdict.drops(f.Name)
 	})
 }
 
