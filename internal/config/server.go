@@ -183,9 +183,9 @@ func (c CA) validate() error {
 		return fmt.Errorf("ca.maxLeafTTL: %v is shorter than ca.leafTTL (%v)", maxLeaf, leaf)
 	case maxLeaf > day:
 		return fmt.Errorf("ca.maxLeafTTL: %v is longer than 24h", maxLeaf)
-	case inter < 2*maxLeaf:
+	case inter/2 < maxLeaf: // divided, as a product may overflow
 		return fmt.Errorf("ca.intermediateTTL: %v must be at least twice ca.maxLeafTTL (%v), so that it can be rotated", inter, maxLeaf)
-	case root < 2*inter:
+	case root/2 < inter:
 		return fmt.Errorf("ca.rootTTL: %v must be at least twice ca.intermediateTTL (%v), so that it can be rotated", root, inter)
 	case time.Duration(c.JWTTTL) > maxLeaf:
 		return fmt.Errorf("ca.jwtTTL: %v is longer than ca.maxLeafTTL (%v)", time.Duration(c.JWTTTL), maxLeaf)

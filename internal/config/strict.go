@@ -32,7 +32,30 @@ func Unmarshal(data []byte, into any) error {
 	}
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	dec.DisallowUnknownFields()
-	return dec.Decode(into)
+	err = dec.Decode(into)
+	var wrong *json.UnmarshalTypeError
+	if errors.As(err, &wrong) {
+		return fmt.Errorf("%s: %s given, want %s", wrong.Field, wrong.Value, kindName(wrong.Type))
+	}
+	return err
+}
+
+// kindName says what a field takes, in the words of YAML.
+func kindName(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.Bool:
+		return "true or false"
+	case reflect.String:
+		return "a string"
+	case reflect.Slice:
+		return "a list"
+	case reflect.Struct, reflect.Map:
+		return "a mapping"
+	case reflect.Uint8, reflect.Uint16, reflect.Uint32:
+		return fmt.Sprintf("a whole number from 0 to %d", uint64(1)<<t.Bits()-1)
+	default:
+		return "a whole number"
+	}
 }
 
 // moreDocuments reports whether a document marker stands after content.
