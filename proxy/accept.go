@@ -57,15 +57,20 @@ func (a *acceptor) run(ctx context.Context, serving *sync.WaitGroup) error {
 // admit counts the connection before any work is done for it.
 func (a *acceptor) admit(conn net.Conn, serving *sync.WaitGroup) {
 	source := addrPort(conn.RemoteAddr())
-	if reason := a.p.limits.admit(source.Addr()); reason != "" {
+	held, dropped, reason := a.p.limits.admit(source.Addr(), conn)
+	if reason != "" {
 		a.p.refuse(a.side, reason, source, nil)
 		conn.Close()
 		return
 	}
+	if dropped != nil {
+		a.p.metrics.closed.WithLabelValues(a.side.String(), closedStranger).Inc()
+		dropped.Close()
+	}
 	a.p.metrics.open[a.side].Inc()
 	release := func() {
 		a.p.metrics.open[a.side].Dec()
-		a.p.limits.release(source.Addr())
+		held.release()
 	}
 	serving.Go(func() {
 		var serve func()
@@ -74,6 +79,7 @@ func (a *acceptor) admit(conn net.Conn, serving *sync.WaitGroup) {
 			release()
 			return
 		}
+		held.settle()
 		serving.Go(func() {
 			defer release()
 			a.p.guard(a.side, conn, serve)

@@ -93,31 +93,86 @@ func (s *serverTLS) strict() (out strictTLS) {
 	return out
 }
 
-// handshake performs a TLS handshake under the limits on time and on how many
-// are in flight.
-func (p *Proxy) handshake(ctx context.Context, conn *tls.Conn) error {
+// handshake performs a TLS handshake on what was wrapped by slotted, under the
+// limits on time and on how many are computed at once.
+func (p *Proxy) handshake(ctx context.Context, conn *tls.Conn, slot *slotted) error {
 	timeout := p.cfg.Proxy.Limits.HandshakeTimeout.Or(5 * time.Second)
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	select {
-	case p.handshakes <- struct{}{}:
-	default:
-		select {
-		case p.handshakes <- struct{}{}:
-		case <-ctx.Done():
-			return errBusy
-		}
-	}
-	defer func() { <-p.handshakes }()
-	start := p.now()
-	if err := conn.HandshakeContext(ctx); err != nil {
+	slot.giveUp = ctx.Done()
+	err := conn.HandshakeContext(ctx)
+	slot.end()
+	if err != nil {
 		return err
 	}
-	p.metrics.handshake.Observe(p.now().Sub(start).Seconds())
+	p.metrics.handshake.Observe(p.now().Sub(slot.began).Seconds())
 	return nil
 }
 
 var errBusy = errors.New("too many handshakes in flight")
+
+// slotted is a connection under handshake. A slot bounds what handshakes compute
+// at the same time, so one is held only from when bytes of the peer are there to
+// when more are waited for: who sends none, or stops halfway, holds no one up.
+type slotted struct {
+	net.Conn
+	slots  chan struct{}
+	giveUp <-chan struct{}
+	now    func() time.Time
+	// began is when the first bytes came.
+	began      time.Time
+	held, over bool
+}
+
+func (p *Proxy) slotted(conn net.Conn) *slotted {
+	return &slotted{Conn: conn, slots: p.handshakes, now: p.now}
+}
+
+// Read waits for bytes without a slot, and then for a slot.
+func (c *slotted) Read(b []byte) (int, error) {
+	if c.over {
+		return c.Conn.Read(b)
+	}
+	c.free()
+	n, err := c.Conn.Read(b)
+	if n == 0 {
+		return n, err
+	}
+	if c.began.IsZero() {
+		c.began = c.now()
+	}
+	select {
+	case c.slots <- struct{}{}:
+		c.held = true
+	default:
+		select {
+		case c.slots <- struct{}{}:
+			c.held = true
+		case <-c.giveUp:
+			return 0, errBusy
+		}
+	}
+	return n, err
+}
+
+func (c *slotted) free() {
+	if c.held {
+		c.held = false
+		<-c.slots
+	}
+}
+
+// end: the handshake is over, one way or the other.
+func (c *slotted) end() {
+	c.free()
+	c.over, c.slots, c.giveUp, c.now = true, nil, nil, nil
+}
+
+// NetConn returns the connection underneath.
+func (c *slotted) NetConn() net.Conn { return c.Conn }
+
+// CloseWrite ends our direction.
+func (c *slotted) CloseWrite() error { return closeWrite(c.Conn) }
 
 // refusalOf names why a handshake failed.
 func refusalOf(err error) string {
@@ -175,7 +230,8 @@ func (c *helloConn) CloseWrite() error { return closeWrite(c.Conn) }
 // permissive performs the handshake if the ClientHello is the mesh's; else it
 // returns errNotMesh, the name asked for, and the connection to read afresh.
 func (p *Proxy) permissive(ctx context.Context, conn net.Conn, speaks protocol) (secured *tls.Conn, plain net.Conn, sni string, err error) {
-	hello := &helloConn{Conn: conn}
+	slot := p.slotted(conn)
+	hello := &helloConn{Conn: slot}
 	cfg := p.serverTLS.base(speaks, func(h *tls.ClientHelloInfo) error {
 		sni = h.ServerName
 		if !slices.ContainsFunc(h.SupportedProtos, meshALPN) {
@@ -185,7 +241,7 @@ func (p *Proxy) permissive(ctx context.Context, conn net.Conn, speaks protocol) 
 		return nil
 	})
 	secured = tls.Server(hello, cfg)
-	err = p.handshake(ctx, secured)
+	err = p.handshake(ctx, secured, slot)
 	if errors.Is(err, errNotMesh) {
 		hello.foreign()
 		return nil, hello, sni, errNotMesh

@@ -59,11 +59,9 @@ func (in *inbound) transport(ctx context.Context, conn net.Conn) (*accepted, str
 	case authz.ModePermissive:
 		return in.either(ctx, conn, speaks)
 	}
-	return in.mutual(ctx, tls.Server(conn, in.p.strict[speaks]))
-}
-
-func (in *inbound) mutual(ctx context.Context, secured *tls.Conn) (*accepted, string, error) {
-	if err := in.p.handshake(ctx, secured); err != nil {
+	slot := in.p.slotted(conn)
+	secured := tls.Server(slot, in.p.strict[speaks])
+	if err := in.p.handshake(ctx, secured, slot); err != nil {
 		return nil, refusalOf(err), err
 	}
 	return settled(secured), "", nil

@@ -3,7 +3,6 @@ package proxy
 import (
 	"crypto/x509"
 	"errors"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +21,7 @@ const (
 	closedExpired   = "peer_certificate_expired"
 	closedIdle      = "idle"
 	closedDrain     = "drain"
+	closedStranger  = "unproved_oldest"
 )
 
 // live is one open connection that has to be judged again when what it was
@@ -157,52 +157,4 @@ func (p *Proxy) sweep(now time.Time) {
 			p.end(l, closedIdle, nil)
 		}
 	})
-}
-
-// limits bounds connections in total and per source.
-type limits struct {
-	total, perSource int
-
-	mu      sync.Mutex
-	open    int
-	sources map[netip.Addr]int
-}
-
-// Reasons a connection is refused at the door.
-const (
-	refusedTotal     = "connection_limit"
-	refusedSource    = "source_limit"
-	refusedHandshake = "handshake_failed"
-	refusedBusy      = "handshake_limit"
-	refusedPlaintext = "plaintext"
-	refusedIdentity  = "peer_not_accepted"
-	refusedTimeout   = "first_byte_timeout"
-	refusedPanic     = "internal_error"
-)
-
-// admit takes a place for source, or says why there is none.
-func (l *limits) admit(source netip.Addr) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open >= l.total {
-		return refusedTotal
-	}
-	if l.sources[source] >= l.perSource {
-		return refusedSource
-	}
-	if l.sources == nil {
-		l.sources = map[netip.Addr]int{}
-	}
-	l.open++
-	l.sources[source]++
-	return ""
-}
-
-func (l *limits) release(source netip.Addr) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.open--
-	if l.sources[source]--; l.sources[source] == 0 {
-		delete(l.sources, source)
-	}
 }

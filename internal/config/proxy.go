@@ -49,8 +49,8 @@ type Outbound struct {
 type ProxyLimits struct {
 	MaxHeaderBytes    int      `json:"maxHeaderBytes,omitempty"`    // default 32768
 	MaxConnections    int      `json:"maxConnections,omitempty"`    // default 8000
-	MaxPerSource      int      `json:"maxPerSource,omitempty"`      // per source IP; default 4000
-	MaxHandshakes     int      `json:"maxHandshakes,omitempty"`     // in flight; default 256
+	MaxPerSource      int      `json:"maxPerSource,omitempty"`      // per source IP; default 2500
+	MaxHandshakes     int      `json:"maxHandshakes,omitempty"`     // computed at once; default 256
 	MaxStreams        int      `json:"maxStreams,omitempty"`        // per HTTP/2 connection; default 100
 	HandshakeTimeout  Duration `json:"handshakeTimeout,omitempty"`  // default 5s
 	HeaderTimeout     Duration `json:"headerTimeout,omitempty"`     // default 10s
@@ -124,7 +124,7 @@ func (l *ProxyLimits) validate() error {
 func (l *ProxyLimits) setDefaults() {
 	setDefault(&l.MaxHeaderBytes, 32<<10)
 	setDefault(&l.MaxConnections, 8000)
-	setDefault(&l.MaxPerSource, 4000)
+	setDefault(&l.MaxPerSource, 2500)
 	setDefault(&l.MaxHandshakes, 256)
 	setDefault(&l.MaxStreams, 100)
 	setDefault(&l.HandshakeTimeout, Duration(5*time.Second))
