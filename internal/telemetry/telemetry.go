@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
@@ -65,7 +66,7 @@ func NewAdmin(listener net.Listener, gatherer prometheus.Gatherer, log *slog.Log
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn), // accepting failed, or a handler panicked
 	}
 	return a
 }
@@ -93,18 +94,12 @@ func (a *Admin) Run(ctx context.Context) error {
 
 func (a *Admin) readyz(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
-	names := make([]string, 0, len(a.checks))
-	results := make(map[string]error, len(a.checks))
-	for name, check := range a.checks {
-		names = append(names, name)
-		results[name] = check()
-	}
+	checks := maps.Clone(a.checks)
 	a.mu.Unlock()
-	slices.Sort(names)
 	var body strings.Builder
 	ready := true
-	for _, name := range names {
-		if err := results[name]; err != nil {
+	for _, name := range slices.Sorted(maps.Keys(checks)) {
+		if err := checks[name](); err != nil {
 			ready = false
 			fmt.Fprintf(&body, "[-] %s: %v\n", name, err)
 		} else {
