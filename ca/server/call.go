@@ -60,7 +60,8 @@ func (c *call) admit(impersonate string) (attest.Attested, error) {
 		return attest.Attested{}, err
 	}
 	c.who, c.id = who, who.Workload.String()
-	if wait, scope := c.s.limiter.take(who.PodUID, c.start); scope != "" {
+	proved(c.ctx)
+	if wait, scope := c.s.limiter.take(who.PodUID, c.kind, c.start); scope != "" {
 		return attest.Attested{}, limited(scope, wait)
 	}
 	return who, nil
@@ -129,6 +130,14 @@ func (c *call) issued(what slog.Attr, notAfter time.Time) {
 func (c *call) refuse(cause error) error {
 	v := verdictOf(cause)
 	c.s.metrics.refused(c.kind, v.reason, c.s.cfg.Now().Sub(c.start))
+	var suppressed uint64
+	if c.id == "" || v.code == codes.ResourceExhausted {
+		// Anybody can cause these at will.
+		var ok bool
+		if suppressed, ok = c.s.quiet.allow(v.reason); !ok {
+			return v.status()
+		}
+	}
 	level := slog.LevelWarn
 	if v.code == codes.Internal || v.code == codes.Unavailable {
 		level = slog.LevelError
@@ -138,6 +147,7 @@ func (c *call) refuse(cause error) error {
 		slog.String("code", v.code.String()),
 		slog.String("reason", v.reason),
 		slog.String("peer", peerAddress(c.ctx)),
+		slog.Uint64("suppressed", suppressed),
 	}
 	if c.id != "" {
 		attrs = append(attrs, slog.String("spiffeId", c.id), slog.String("podUid", c.who.PodUID),

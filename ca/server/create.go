@@ -20,6 +20,12 @@ const (
 	maxCSR = 16 << 10
 	// maxMetadata bounds the request's free-form metadata.
 	maxMetadata = 64
+	// minValiditySeconds is also the shortest default the configuration allows. A
+	// client that renews at half-life then asks every 2 s or seldomer, which its
+	// bucket refills for; certificates hold whole seconds, so that a shorter one may
+	// have hardly any life left when it arrives, and the client asks in a loop.
+	// Raising it instead would give more than was asked for.
+	minValiditySeconds = 5
 
 	impersonatedIdentity = "ImpersonatedIdentity"
 )
@@ -30,6 +36,9 @@ func (s *Server) CreateCertificate(ctx context.Context, req *istiov1.IstioCertif
 	call := s.begin(ctx, kindX509)
 	if len(req.GetCsr()) > maxCSR {
 		return nil, call.refuse(invalid("csr-size", "certificate request of %d bytes, %d are allowed", len(req.GetCsr()), maxCSR))
+	}
+	if v := req.GetValidityDuration(); v > 0 && v < minValiditySeconds {
+		return nil, call.refuse(invalid("validity", "a validity of %d s, at least %d s are needed", v, minValiditySeconds))
 	}
 	impersonate, err := impersonation(req.GetMetadata())
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"slices"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -35,6 +36,9 @@ type GateConfig struct {
 	Open       []string
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
+	// UnaryTimeout bounds a unary call from its head to its answer; default 15 s.
+	UnaryTimeout time.Duration
+	Now          func() time.Time
 }
 
 // Gate admits to a listener's methods: to the open ones everybody, to all others
@@ -43,8 +47,13 @@ type GateConfig struct {
 type Gate struct {
 	cfg      GateConfig
 	refusals *prometheus.CounterVec
-	closing  context.Context
-	close    context.CancelCauseFunc
+	quiet    *quiet
+	unproved *slots
+	// unaryMethods are filled by registration, before anything is served.
+	unaryMethods map[string]bool
+
+	closing context.Context
+	close   context.CancelCauseFunc
 }
 
 // NewGate checks cfg.
@@ -55,14 +64,32 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.UnaryTimeout <= 0 {
+		cfg.UnaryTimeout = unaryTimeout
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	left := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "castellan_server_gate_log_suppressed_total",
+		Help: "Log lines of refused calls left out, because there were too many of one reason.",
+	})
 	closing, cancel := context.WithCancelCause(context.Background())
-	g := &Gate{cfg: cfg, closing: closing, close: cancel, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "castellan_server_gate_refusals_total",
-		Help: "Calls refused for want of an agent's certificate, by reason.",
-	}, []string{"reason"})}
+	g := &Gate{
+		cfg: cfg, closing: closing, close: cancel,
+		quiet:        newQuiet(cfg.Now, left),
+		unproved:     newSlots(maxUnproved, maxUnprovedPerSource),
+		unaryMethods: map[string]bool{},
+		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "castellan_server_gate_refusals_total",
+			Help: "Calls refused before they were read, or for want of an agent's certificate, by reason.",
+		}, []string{"reason"}),
+	}
 	if cfg.Registerer != nil {
-		if err := cfg.Registerer.Register(g.refusals); err != nil {
-			return nil, fmt.Errorf("server: metrics: %w", err)
+		for _, c := range []prometheus.Collector{g.refusals, left} {
+			if err := cfg.Registerer.Register(c); err != nil {
+				return nil, fmt.Errorf("server: metrics: %w", err)
+			}
 		}
 	}
 	return g, nil
@@ -71,20 +98,41 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 // Close ends every stream that went through the gate, so that the server can stop.
 func (g *Gate) Close() { g.close(errClosing) }
 
-// Unary is the interceptor for unary calls.
-func (g *Gate) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (_ any, err error) {
-	defer g.contain(ctx, info.FullMethod, &err)
-	if !slices.Contains(g.cfg.Open, info.FullMethod) {
-		if _, err := g.admit(ctx, info.FullMethod); err != nil {
+// unary lets a call to its decoder: one of an open method when there is room for
+// another caller who has not proved himself, any other when an agent makes it.
+func (g *Gate) unary(ctx context.Context, method string, decode func(any) error,
+	next func(context.Context, func(any) error) (any, error),
+) (_ any, err error) {
+	defer g.contain(ctx, method, &err)
+	if !slices.Contains(g.cfg.Open, method) {
+		if _, err := g.admit(ctx, method); err != nil {
 			return nil, err
 		}
+		return next(ctx, decode)
 	}
-	return next(ctx, req)
+	leave, ok := g.unproved.enter(sourceOf(ctx))
+	if !ok {
+		// Fails closed: nothing of the message has been read.
+		return nil, g.refuse(ctx, method, codes.ResourceExhausted, "limit-unproved", errors.New("too many calls under way whose callers have not proved themselves"))
+	}
+	defer leave()
+	return next(withSlot(ctx, leave), func(into any) error {
+		r := request{into: into}
+		switch err := decode(&r); {
+		case err != nil && ctx.Err() != nil:
+			return g.refuse(ctx, method, codes.DeadlineExceeded, "slow-message", err)
+		case err != nil:
+			return g.refuse(ctx, method, codes.InvalidArgument, "message", err)
+		case r.size > 0:
+			return g.refuse(ctx, method, codes.InvalidArgument, "message-size", fmt.Errorf("a request of %d bytes, %d are allowed", r.size, maxRequest))
+		}
+		return nil
+	})
 }
 
-// Stream is the interceptor for streams. A stream ends when the certificate that
+// stream is the interceptor for streams. A stream ends when the certificate that
 // opened it expires: its agent opens another with the next one.
-func (g *Gate) Stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+func (g *Gate) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
 	defer g.contain(stream.Context(), info.FullMethod, &err)
 	if slices.Contains(g.cfg.Open, info.FullMethod) {
 		return next(srv, stream)
@@ -139,24 +187,37 @@ func (g *Gate) admit(ctx context.Context, method string) (*tls.ConnectionState, 
 		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("no peer"))
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.PeerCertificates) == 0 {
-		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("the caller has no certificate"))
+	if !ok {
+		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("no TLS"))
 	}
-	id, err := g.cfg.Verifier.Peer(info.State)
-	if err != nil {
-		return nil, g.refuse(ctx, method, codes.Unauthenticated, "certificate", err)
-	}
-	w, err := identity.FromID(id)
-	if err != nil || w.TrustDomain() != g.cfg.TrustDomain || !slices.Contains(g.cfg.AgentAccounts, w.Account()) {
-		return nil, g.refuse(ctx, method, codes.PermissionDenied, "not-an-agent", fmt.Errorf("%q is no agent", id))
+	if code, reason, err := g.judge(&info.State); err != nil {
+		return nil, g.refuse(ctx, method, code, reason, err)
 	}
 	return &info.State, nil
 }
 
+// judge says why a connection is not an agent's, or nil.
+func (g *Gate) judge(cs *tls.ConnectionState) (codes.Code, string, error) {
+	if len(cs.PeerCertificates) == 0 {
+		return codes.Unauthenticated, "no-certificate", errors.New("the caller has no certificate")
+	}
+	id, err := g.cfg.Verifier.Peer(*cs)
+	if err != nil {
+		return codes.Unauthenticated, "certificate", err
+	}
+	w, err := identity.FromID(id)
+	if err != nil || w.TrustDomain() != g.cfg.TrustDomain || !slices.Contains(g.cfg.AgentAccounts, w.Account()) {
+		return codes.PermissionDenied, "not-an-agent", fmt.Errorf("%q is no agent", id)
+	}
+	return codes.OK, "", nil
+}
+
 func (g *Gate) refuse(ctx context.Context, method string, code codes.Code, reason string, cause error) error {
 	g.refusals.WithLabelValues(reason).Inc()
-	g.cfg.Log.LogAttrs(ctx, slog.LevelWarn, "call refused",
-		slog.String("method", method), slog.String("code", code.String()), slog.String("reason", reason),
-		slog.String("peer", peerAddress(ctx)), slog.String("cause", cause.Error()))
-	return status.Error(code, verdict{code: code}.text())
+	if suppressed, ok := g.quiet.allow(reason); ok {
+		g.cfg.Log.LogAttrs(ctx, slog.LevelWarn, "call refused",
+			slog.String("method", method), slog.String("code", code.String()), slog.String("reason", reason),
+			slog.String("peer", peerAddress(ctx)), slog.Uint64("suppressed", suppressed), slog.String("cause", cause.Error()))
+	}
+	return verdict{code: code, wait: time.Second}.status()
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -18,6 +19,7 @@ import (
 
 	"castellan.dev/ca"
 	"castellan.dev/ca/server"
+	"castellan.dev/identity"
 	"castellan.dev/internal/tlsconf/tlsconftest"
 )
 
@@ -30,6 +32,21 @@ func (w *world) certificate(t *testing.T, workload, agent string, seconds int64)
 		t.Fatal(err)
 	}
 	return keyPair(t, resp.GetCertChain(), key)
+}
+
+// shortLived is an agent's certificate of a life too short to be asked for.
+func (w *world) shortLived(t *testing.T, ttl time.Duration) *tls.Certificate {
+	t.Helper()
+	agent, err := identity.New(spiffeid.RequireTrustDomainFromString("cluster.local"), account(t, "castellan-system/castellan-agent"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request, key := csr(t)
+	issued, err := w.authority.Issuer().Issue(t.Context(), ca.Request{CSR: []byte(request), Workload: agent, TTL: ttl, PodUID: "pod-agent", Node: "node-a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Certificate{PrivateKey: key, Certificate: issued.Chain}
 }
 
 func keyPair(t *testing.T, chain []string, key crypto.Signer) *tls.Certificate {
@@ -46,7 +63,7 @@ func TestGate(t *testing.T) {
 	w := newWorld(t, options{})
 	foreign := tlsconftest.NewRoot(t).SVIDIssuer(t)
 	const agentID = "spiffe://cluster.local/ns/castellan-system/sa/castellan-agent"
-	expired := w.certificate(t, w.agentToken, w.agentToken, 1)
+	expired := w.shortLived(t, time.Second)
 	request, _ := csr(t)
 
 	tests := map[string]struct {
@@ -113,7 +130,7 @@ func TestStreamEndsWithItsCertificate(t *testing.T) {
 	w := newWorld(t, options{})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	stream, err := healthv1.NewHealthClient(w.dial(w.certificate(t, w.agentToken, w.agentToken, 2))).Watch(ctx, &healthv1.HealthCheckRequest{})
+	stream, err := healthv1.NewHealthClient(w.dial(w.shortLived(t, 2*time.Second))).Watch(ctx, &healthv1.HealthCheckRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -139,6 +139,8 @@ type options struct {
 	issuer  func(server.Issuer) server.Issuer
 	pods    func(attest.Pods) attest.Pods
 	discard bool // no log at all
+	timeout time.Duration
+	now     func() time.Time
 }
 
 func newWorld(t testing.TB, o options) *world {
@@ -194,7 +196,7 @@ func newWorld(t testing.TB, o options) *world {
 	}
 	s, err := server.New(server.Config{
 		Attestor: attestor, Issuer: issuer, JWTIssuer: w.authority.JWTIssuer(),
-		Limits: o.limits, Log: log, Registerer: w.registry,
+		Limits: o.limits, Log: log, Registerer: w.registry, Now: o.now,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -204,22 +206,24 @@ func newWorld(t testing.TB, o options) *world {
 	}, nil)
 	w.gate, err = server.NewGate(server.GateConfig{
 		Verifier: verifier, TrustDomain: td, AgentAccounts: agents, Open: server.OpenMethods(), Log: log, Registerer: w.registry,
+		UnaryTimeout: o.timeout, Now: o.now,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	tlsConfig := tlsconf.ServerConfig(nil, verifier, tlsconf.ServerOptions{NextProtos: []string{"h2"}, InsecureOptionalClient: true})
 	tlsConfig.GetCertificate = w.authority.ServingCertificate()
-	g := server.NewGRPC(tlsConfig, w.gate)
+	g := server.NewFront(tlsConfig, w.gate)
 	s.Register(g)
 	healthv1.RegisterHealthServer(g, health.NewServer()) // stands for every gated method
+	castellanv1.RegisterNodeServer(g, castellanv1.UnimplementedNodeServer{})
 	w.serve(g)
 	w.conn = w.dial(nil)
 	w.agentToken = w.issuer.PodToken(t, time.Now(), agentPod("node-a"), "castellan.dev")
 	return w
 }
 
-func (w *world) serve(g *grpc.Server) {
+func (w *world) serve(g *server.Front) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		w.t.Fatal(err)

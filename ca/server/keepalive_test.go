@@ -48,7 +48,7 @@ func TestPingsOfZtunnel(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		g := server.NewGRPC(&tls.Config{NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS13,
+		g := server.NewFront(&tls.Config{NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS13,
 			Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}, gate)
 		healthv1.RegisterHealthServer(g, health.NewServer())
 		l := bufconn.Listen(1 << 20)

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// Limits bound signing: token buckets per attested pod and overall. Zero fields
-// mean the defaults.
+// Limits bound signing: token buckets per attested pod and kind of identity, and
+// overall. Zero fields mean the defaults.
 type Limits struct {
 	PodBurst       int     // default 100
 	PodPerSecond   float64 // default 2
@@ -15,7 +15,7 @@ type Limits struct {
 	TotalPerSecond float64 // default 5000
 }
 
-// maxBuckets bounds the remembered pods. Only those that asked within the last
+// maxBuckets bounds the remembered buckets. Only those that asked within the last
 // seconds need one: a full bucket is forgotten.
 const maxBuckets = 1 << 17
 
@@ -37,13 +37,20 @@ func (b bucket) next(full, now int64) (int64, time.Duration) {
 	return after, time.Duration(after - now - int64(b.depth))
 }
 
+// podKind has a bucket: a workload that asks for one JWT-SVID after the other does
+// not use up what its certificates are renewed from.
+type podKind struct {
+	pod  string
+	kind kind
+}
+
 // limiter is safe for concurrent use.
 type limiter struct {
 	pod, total bucket
 
 	mu        sync.Mutex
 	totalFull int64
-	podFull   map[string]int64 // nanoseconds, by pod UID
+	podFull   map[podKind]int64 // nanoseconds
 	sweepAt   int
 	latest    int64
 }
@@ -67,15 +74,15 @@ func newLimiter(l Limits) (*limiter, error) {
 	return &limiter{
 		pod:     newBucket(def(l.PodBurst, 100), rate(l.PodPerSecond, 2)),
 		total:   newBucket(def(l.TotalBurst, 20000), rate(l.TotalPerSecond, 5000)),
-		podFull: map[string]int64{},
+		podFull: map[podKind]int64{},
 		sweepAt: 1024,
 	}, nil
 }
 
-// take counts one request of pod. When it is over a limit it counts nothing and
+// take counts one request of pod for an identity of kind k. When it is over a limit it counts nothing and
 // returns which one ("pod" or "total") and how long to wait.
-func (l *limiter) take(pod string, at time.Time) (wait time.Duration, scope string) {
-	now := at.UnixNano()
+func (l *limiter) take(uid string, k kind, at time.Time) (wait time.Duration, scope string) {
+	now, pod := at.UnixNano(), podKind{uid, k}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	// A clock that steps back must not lock anybody out until it catches up:

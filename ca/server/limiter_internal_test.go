@@ -20,27 +20,27 @@ func TestDefaultBuckets(t *testing.T) {
 	l := mustLimiter(t, Limits{})
 	now := time.Unix(1_800_000_000, 0)
 	for i := range 100 {
-		if _, scope := l.take("pod", now); scope != "" {
+		if _, scope := l.take("pod", kindX509, now); scope != "" {
 			t.Fatalf("request %d of the burst refused", i)
 		}
 	}
-	wait, scope := l.take("pod", now)
+	wait, scope := l.take("pod", kindX509, now)
 	if scope != "pod" || wait != 500*time.Millisecond {
 		t.Fatalf("%q, wait %v", scope, wait)
 	}
-	if _, scope := l.take("other", now); scope != "" {
+	if _, scope := l.take("other", kindX509, now); scope != "" {
 		t.Fatal("another pod is refused")
 	}
 	passed := 0
 	for i := range 1000 {
-		if _, scope := l.take("pod", now.Add(time.Duration(i)*10*time.Millisecond)); scope == "" {
+		if _, scope := l.take("pod", kindX509, now.Add(time.Duration(i)*10*time.Millisecond)); scope == "" {
 			passed++
 		}
 	}
 	if passed != 19 { // 9.99 s at 2/s
 		t.Errorf("%d passed in 10 s, want 19", passed)
 	}
-	if _, scope := l.take("pod", now.Add(time.Hour)); scope != "" {
+	if _, scope := l.take("pod", kindX509, now.Add(time.Hour)); scope != "" {
 		t.Error("a rested pod is refused")
 	}
 }
@@ -48,14 +48,14 @@ func TestDefaultBuckets(t *testing.T) {
 func TestOverallRefusalCountsNothing(t *testing.T) {
 	l := mustLimiter(t, Limits{PodBurst: 2, PodPerSecond: 0.001, TotalBurst: 1, TotalPerSecond: 1})
 	now := time.Unix(1_800_000_000, 0)
-	l.take("a", now)
+	l.take("a", kindX509, now)
 	for range 10 {
-		if _, scope := l.take("b", now); scope != "total" {
+		if _, scope := l.take("b", kindX509, now); scope != "total" {
 			t.Fatalf("scope %q", scope)
 		}
 	}
 	for i := range 2 {
-		if _, scope := l.take("b", now.Add(time.Duration(i+1)*time.Second)); scope != "" {
+		if _, scope := l.take("b", kindX509, now.Add(time.Duration(i+1)*time.Second)); scope != "" {
 			t.Fatalf("b paid for refusals: %q", scope)
 		}
 	}
@@ -66,7 +66,7 @@ func TestBucketsAreBounded(t *testing.T) {
 	now := time.Unix(1_800_000_000, 0)
 	for i := range 300_000 {
 		// A thousand pods per second, each once: all but the last are full again.
-		l.take(fmt.Sprint("pod-", i), now.Add(time.Duration(i)*time.Millisecond))
+		l.take(fmt.Sprint("pod-", i), kindX509, now.Add(time.Duration(i)*time.Millisecond))
 	}
 	if n := len(l.podFull); n > 4096 {
 		t.Errorf("%d buckets kept", n)
@@ -74,14 +74,14 @@ func TestBucketsAreBounded(t *testing.T) {
 	l = mustLimiter(t, Limits{PodPerSecond: 0.0001, TotalBurst: 1 << 30, TotalPerSecond: 1e9})
 	refused := 0
 	for i := range maxBuckets + 10 {
-		if _, scope := l.take(fmt.Sprint("pod-", i), now); scope != "" {
+		if _, scope := l.take(fmt.Sprint("pod-", i), kindX509, now); scope != "" {
 			refused++
 		}
 	}
 	if refused != 10 || len(l.podFull) != maxBuckets {
 		t.Errorf("%d refused, %d buckets kept", refused, len(l.podFull))
 	}
-	if _, scope := l.take("pod-0", now); scope != "" {
+	if _, scope := l.take("pod-0", kindX509, now); scope != "" {
 		t.Error("a known pod is refused because of others")
 	}
 }
@@ -89,10 +89,25 @@ func TestBucketsAreBounded(t *testing.T) {
 func TestClockStepsBack(t *testing.T) {
 	l := mustLimiter(t, Limits{})
 	now := time.Unix(1_800_000_000, 0)
-	l.take("pod", now)
+	l.take("pod", kindX509, now)
 	for i := range 100 {
-		if _, scope := l.take("pod", now.Add(-24*time.Hour)); scope != "" {
+		if _, scope := l.take("pod", kindX509, now.Add(-24*time.Hour)); scope != "" {
 			t.Fatalf("request %d refused after the clock stepped back", i)
 		}
+	}
+}
+
+// TestTokensDoNotStarveCertificates: each kind of identity has a bucket of its own.
+func TestTokensDoNotStarveCertificates(t *testing.T) {
+	l := mustLimiter(t, Limits{PodBurst: 3, PodPerSecond: 0.01})
+	now := time.Unix(1_800_000_000, 0)
+	for range 10 {
+		l.take("pod", kindJWT, now)
+	}
+	if _, scope := l.take("pod", kindJWT, now); scope != "pod" {
+		t.Fatalf("tokens: scope %q", scope)
+	}
+	if wait, scope := l.take("pod", kindX509, now); scope != "" {
+		t.Fatalf("a certificate waits %v (%s) for tokens", wait, scope)
 	}
 }

@@ -12,6 +12,8 @@ type metrics struct {
 	requests *prometheus.CounterVec
 	refusals *prometheus.CounterVec
 	seconds  *prometheus.HistogramVec
+	// suppressed counts the log lines of refusals that were left out.
+	suppressed prometheus.Counter
 
 	issuedX509, issuedJWT prometheus.Counter
 	tookX509, tookJWT     prometheus.Observer
@@ -33,6 +35,10 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Help:    "Time from request to answer, by kind.",
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
 		}, []string{"kind"}),
+		suppressed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "castellan_server_identity_log_suppressed_total",
+			Help: "Log lines of refused requests left out, because there were too many of one reason.",
+		}),
 	}
 	m.issuedX509 = m.requests.WithLabelValues(string(kindX509), "issued")
 	m.issuedJWT = m.requests.WithLabelValues(string(kindJWT), "issued")
@@ -41,7 +47,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.refusals, m.seconds} {
+	for _, c := range []prometheus.Collector{m.requests, m.refusals, m.seconds, m.suppressed} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("server: metrics: %w", err)
 		}

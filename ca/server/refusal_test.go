@@ -155,7 +155,7 @@ func TestRefusedCredentials(t *testing.T) {
 	request, _ := csr(t)
 	before := w.rows(t)
 	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
+		t.Run("trust-02 "+name, func(t *testing.T) {
 			_, err := w.create(as(t.Context(), tt.workload, tt.agent, tt.more...), &istiov1.IstioCertificateRequest{Csr: request})
 			w.checkRefusal(t, err, tt.code, tt.cause)
 			_, err = w.mint(as(t.Context(), tt.workload, tt.agent, tt.more...), &castellanv1.MintJWTRequest{Audience: []string{"x"}})
@@ -202,7 +202,7 @@ func TestRefusedRequests(t *testing.T) {
 		"a certificate":       "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
 		"cut short":           with()[:200],
 		"oversized":           with() + strings.Repeat("\n", 20<<10),
-		"a megabyte":          strings.Repeat("A", 1<<20),
+		"almost a message":    strings.Repeat("A", 63<<10),
 		"bad signature":       tampered(),
 		"weak RSA":            csrOf(t, weakRSA),
 		"P-224":               csrOf(t, newEC(t, elliptic.P224())),
@@ -237,12 +237,19 @@ func TestRefusedRequests(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	t.Run("gRPC's own bound", func(t *testing.T) {
-		_, err := w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: strings.Repeat("A", 5<<20)})
-		if status.Code(err) != codes.ResourceExhausted {
-			t.Fatal(err)
-		}
-	})
+	for _, size := range []int{64 << 10, 100 << 10} {
+		// gRPC's own answer would be ResourceExhausted, which clients retry.
+		t.Run(fmt.Sprintf("over the request bound: %d", size), func(t *testing.T) {
+			w.log.take(t)
+			_, err := w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: strings.Repeat("A", size)})
+			if st := status.Convert(err); st.Code() != codes.InvalidArgument || st.Message() != textInvalid {
+				t.Fatal(err)
+			}
+			if r := w.log.take(t); len(r) != 1 || r[0]["reason"] != "message-size" {
+				t.Errorf("log %v", r)
+			}
+		})
+	}
 	for name, audience := range map[string][]string{
 		"no audience": nil, "too many": make([]string, 17), "a long one": {strings.Repeat("x", 2000)}, "an empty one": {""},
 	} {

@@ -62,6 +62,7 @@ type Server struct {
 	cfg     Config
 	limiter *limiter
 	metrics *metrics
+	quiet   *quiet
 	// authorities remembers the PEM form of what follows the leaf in a chain.
 	authorities atomic.Pointer[authorityPEM]
 }
@@ -85,7 +86,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg, limiter: l, metrics: m}, nil
+	return &Server{cfg: cfg, limiter: l, metrics: m, quiet: newQuiet(cfg.Now, m.suppressed)}, nil
 }
 
 // Register adds both services to r.

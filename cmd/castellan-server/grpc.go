@@ -44,7 +44,7 @@ func (p *program) openGRPC(context.Context) error {
 	tlsConfig.GetCertificate = p.authority.ServingCertificate()
 	healthy := health.NewServer()
 
-	main := server.NewGRPC(tlsConfig, gate)
+	main := server.NewFront(tlsConfig, gate)
 	p.issuing.Register(main)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(main, p.discovery)
 	castellanv1.RegisterNodeServer(main, p.discovery)
@@ -64,8 +64,15 @@ func (p *program) openGRPC(context.Context) error {
 	return nil
 }
 
+// grpcServer is *grpc.Server and *server.Front.
+type grpcServer interface {
+	Serve(l net.Listener) error
+	Stop()
+	GracefulStop()
+}
+
 // serveGRPC serves until ctx ends; then calls under way have stopTimeout to end.
-func serveGRPC(name string, s *grpc.Server, l net.Listener, stopping func()) func(context.Context) error {
+func serveGRPC(name string, s grpcServer, l net.Listener, stopping func()) func(context.Context) error {
 	return func(ctx context.Context) error {
 		stopped := make(chan struct{})
 		stop := context.AfterFunc(ctx, func() {

@@ -16,7 +16,12 @@ import (
 
 // maxConnections bounds the open connections of the gRPC listener: ten times as
 // many as a large mesh has nodes.
-const maxConnections = 16384
+const (
+	maxConnections = 16384
+	// maxConnectionsPerSource keeps one host from taking all of them. An agent needs
+	// two or three; many may stand behind one address.
+	maxConnectionsPerSource = 1024
+)
 
 // listeners are opened before anything else, so that a second server on the same
 // addresses ends before it touches any file.
@@ -33,7 +38,7 @@ func listen(cfg *config.Server) (l listeners, err error) {
 	if l.grpc, err = listenTCP("listen", cfg.Listen); err != nil {
 		return l, err
 	}
-	l.grpc = netutil.LimitListener(l.grpc, maxConnections)
+	l.grpc = limitSources(netutil.LimitListener(l.grpc, maxConnections), maxConnectionsPerSource)
 	if l.http, err = listenTCP("http", cfg.HTTP); err != nil {
 		return l, err
 	}
