@@ -45,6 +45,7 @@ type Agent struct {
 	follower  *upstream.Follower
 	metrics   *metrics
 	workloads []*workloadServer
+	deadlines deadlines
 }
 
 // workloadServer is one workload with its socket.
@@ -69,7 +70,7 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, metrics: newMetrics(cfg.Registerer)}
+	a := &Agent{cfg: cfg, metrics: newMetrics(cfg.Registerer), deadlines: defaultDeadlines()}
 	target := cfg.Agent.Server
 	a.client, err = caclient.New(caclient.Config{
 		Address: target.Address, Name: target.Name, BundleFile: target.BundleFile,
@@ -113,11 +114,11 @@ func New(cfg Config) (*Agent, error) {
 // Run opens every socket and serves until ctx ends. A socket that cannot be
 // opened ends it at once, with those that were opened removed again.
 func (a *Agent) Run(ctx context.Context) error {
-	defer a.client.Close()
+	defer func() { _ = a.client.Close() }() // calls are over
 	var listeners []*attest.Listener
 	defer func() {
 		for _, l := range listeners {
-			l.Close()
+			_ = l.Close() // closed already where the socket has served
 		}
 	}()
 	parts := []run.Part{a.rotator.Run, a.follower.Run}
@@ -146,6 +147,7 @@ func (a *Agent) prepare(w *workloadServer, l *attest.Listener) error {
 		listener: l, source: w.source, jwts: a.rotator.JWTs(w.source, a.client),
 		view: w.view, reporter: w.reporter, metrics: a.metrics,
 		log: a.cfg.Log.With("account", w.account.String()), now: a.cfg.Now,
+		deadlines: a.deadlines,
 	})
 	return err
 }

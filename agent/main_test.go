@@ -83,7 +83,7 @@ func configure(t *testing.T, s *agenttest.Server, accounts ...string) config.Age
 }
 
 // start runs an agent until the test ends or stop is called.
-func start(t *testing.T, s *agenttest.Server, cfg config.Agent) *node {
+func start(t *testing.T, s *agenttest.Server, cfg config.Agent, change ...func(*agent.Agent)) *node {
 	t.Helper()
 	n := &node{t: t, server: s, cfg: cfg, registry: prometheus.NewRegistry(), logs: &lines{}}
 	var err error
@@ -92,6 +92,9 @@ func start(t *testing.T, s *agenttest.Server, cfg config.Agent) *node {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, c := range change {
+		c(n.agent)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

@@ -5,35 +5,21 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"sync/atomic"
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
-	"google.golang.org/grpc/status"
 
 	"castellan.dev/agent/svid"
 	"castellan.dev/agent/upstream"
 	"castellan.dev/agent/workloadapi"
 	"castellan.dev/internal/xds"
 	"castellan.dev/sds"
-)
-
-// Limits of one socket: one pod's clients.
-const (
-	maxStreams        = 512 // calls at once
-	streamsPerConn    = 100
-	handshakeTimeout  = 10 * time.Second
-	drainTimeout      = 2 * time.Second
-	clientIdlePing    = 2 * time.Minute
-	clientPingTimeout = 20 * time.Second
 )
 
 // socket serves one workload everything it may have: SDS, its discovery stream,
@@ -48,7 +34,7 @@ type socket struct {
 
 	now func() time.Time
 
-	calls atomic.Int64
+	calls *calls
 	// stopping ends when the agent stops: streams end with it.
 	stopping context.Context
 	stopNow  context.CancelFunc
@@ -57,20 +43,22 @@ type socket struct {
 
 // socketConfig is what a socket is made of.
 type socketConfig struct {
-	listener net.Listener
-	source   *svid.Source
-	jwts     workloadapi.JWTs
-	view     *upstream.View
-	reporter *upstream.Reporter
-	metrics  *metrics
-	log      *slog.Logger
-	now      func() time.Time
+	listener  net.Listener
+	source    *svid.Source
+	jwts      workloadapi.JWTs
+	view      *upstream.View
+	reporter  *upstream.Reporter
+	metrics   *metrics
+	log       *slog.Logger
+	now       func() time.Time
+	deadlines deadlines
 }
 
 func newSocket(cfg socketConfig) (*socket, error) {
 	s := &socket{
 		listener: cfg.listener, source: cfg.source, health: health.NewServer(),
 		metrics: cfg.metrics, log: cfg.log, now: cfg.now, stopped: make(chan struct{}),
+		calls: newCalls(cfg.deadlines, cfg.metrics.refused),
 	}
 	s.stopping, s.stopNow = context.WithCancel(context.Background())
 	api, err := workloadapi.New(workloadapi.Config{
@@ -80,15 +68,7 @@ func newSocket(cfg socketConfig) (*socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.server = grpc.NewServer(
-		grpc.MaxConcurrentStreams(streamsPerConn),
-		grpc.ConnectionTimeout(handshakeTimeout),
-		grpc.ChainUnaryInterceptor(s.unary),
-		grpc.ChainStreamInterceptor(s.stream),
-		// Clients ping every 30 s and oftener (rules/clients.md); dead ones are found.
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: clientIdlePing, Timeout: clientPingTimeout}),
-	)
+	s.server = grpc.NewServer(s.options()...)
 	workload.RegisterSpiffeWorkloadAPIServer(s.server, api)
 	secretv3.RegisterSecretDiscoveryServiceServer(s.server, sds.NewServer(sds.Config{
 		Provider: &material{source: cfg.source, log: cfg.log}, Log: cfg.log,
@@ -97,6 +77,7 @@ func newSocket(cfg socketConfig) (*socket, error) {
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s.server, &discovery{view: cfg.view, reporter: cfg.reporter, log: cfg.log})
 	healthv1.RegisterHealthServer(s.server, s.health)
 	reflection.Register(s.server)
+	s.calls.learn(s.server.GetServiceInfo())
 	s.show(false)
 	return s, nil
 }
@@ -135,23 +116,4 @@ func (s *socket) stop() {
 	cut := time.AfterFunc(drainTimeout, s.server.Stop)
 	defer cut.Stop()
 	s.server.GracefulStop()
-}
-
-// enter counts a call in, and says no where there are too many.
-func (s *socket) enter() (leave func(), err error) {
-	if s.calls.Add(1) > maxStreams {
-		s.calls.Add(-1)
-		s.metrics.refused("calls")
-		return nil, status.Error(codes.Unavailable, "too many calls at once on this socket, try again")
-	}
-	return func() { s.calls.Add(-1) }, nil
-}
-
-func (s *socket) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	leave, err := s.enter()
-	if err != nil {
-		return nil, err
-	}
-	defer leave()
-	return handler(ctx, req)
 }

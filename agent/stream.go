@@ -18,13 +18,8 @@ import (
 	"castellan.dev/sds"
 )
 
-// stream bounds streams, and ends them when the agent stops.
+// stream watches streams, and ends them when the agent stops.
 func (s *socket) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	leave, err := s.enter()
-	if err != nil {
-		return err
-	}
-	defer leave()
 	ctx, cancel := context.WithCancel(ss.Context())
 	defer cancel()
 	s.metrics.streams.WithLabelValues(service(info.FullMethod)).Inc()
@@ -35,7 +30,7 @@ func (s *socket) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	if service(info.FullMethod) == "sds" {
 		observed = s.timed(observed)
 	}
-	err = handler(srv, observed)
+	err := handler(srv, observed)
 	if s.stopping.Err() != nil {
 		return status.Error(codes.Unavailable, "agent is stopping, try again")
 	}
@@ -63,6 +58,13 @@ type bounded struct {
 
 // Context ends with the stream or with the agent.
 func (b *bounded) Context() context.Context { return b.ctx }
+
+// RecvMsg notes that the client has spoken: the first message has a deadline.
+func (b *bounded) RecvMsg(m any) error {
+	err := b.ServerStream.RecvMsg(m)
+	arrived(b.ctx)
+	return err
+}
 
 // timed measures how long a new certificate takes to be sent on an SDS stream: a
 // message that goes out after a state was published, with nothing asked since,

@@ -195,7 +195,6 @@ func FuzzDecode(f *testing.F) {
 			policy.KindPeerAuthentication: doc.PeerAuthentication,
 		}[doc.Kind]
 		var again bytes.Buffer
-		object = nil
 		if err := json.NewEncoder(&again).Encode(map[string]any{
 			"apiVersion": "security.istio.io/v1", "kind": doc.Kind, "metadata": map[string]any{"name": doc.Metadata.Name}, "spec": spec,
 		}); err != nil {

@@ -13,6 +13,8 @@ import (
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"castellan.dev/internal/xds"
 )
@@ -75,8 +77,13 @@ func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecret
 	return xds.ServeDelta(stream, cfg)
 }
 
-// FetchSecrets answers once. Before there is any material it is Unavailable.
+// FetchSecrets answers once. Before there is any material it is Unavailable. What
+// is asked for in another way than by name is refused: passing it over would
+// look as if there were nothing.
 func (s *Server) FetchSecrets(_ context.Context, req *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	if len(req.GetResourceLocators()) > 0 {
+		return nil, status.Error(codes.InvalidArgument, "resource locators are not served, ask by resource_names")
+	}
 	return xds.Fetch(req, s.config(nil))
 }
 

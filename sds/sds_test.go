@@ -330,6 +330,15 @@ func TestVersions(t *testing.T) {
 	}
 }
 
+func TestFetchByLocatorIsRefused(t *testing.T) {
+	f := start(t, material(t))
+	_, err := f.client.FetchSecrets(t.Context(), &discoveryv3.DiscoveryRequest{ResourceNames: []string{sds.NameRoot},
+		ResourceLocators: []*discoveryv3.ResourceLocator{{Name: sds.NameDefault}}})
+	if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "resource locators are not served, ask by resource_names") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestWaitsForMaterial(t *testing.T) {
 	f := start(t, nil)
 	if _, err := f.client.FetchSecrets(t.Context(), &discoveryv3.DiscoveryRequest{}); status.Code(err) != codes.Unavailable {

@@ -91,11 +91,11 @@ func Listen(cfg UnixConfig) (*Listener, error) {
 	l := &Listener{cfg: cfg, inner: inner, slots: make(chan struct{}, cfg.Connections), logging: rate.Sometimes{First: 3, Interval: time.Second}}
 	// Anyone may connect; who may talk is decided by uid at Accept.
 	if err := os.Chmod(cfg.Path, 0o666); err != nil {
-		inner.Close()
+		_ = inner.Close() // the error at hand counts
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
 	}
 	if l.inode, err = os.Lstat(cfg.Path); err != nil {
-		inner.Close()
+		_ = inner.Close() // the error at hand counts
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
 	}
 	return l, nil
@@ -198,7 +198,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 		if c := l.admit(conn); c != nil {
 			return c, nil
 		}
-		conn.Close()
+		_ = conn.Close() // refused: there is nobody to tell
 	}
 }
 

@@ -26,11 +26,11 @@ func lines(cfg authz.Config) [][]string {
 		}
 		p := doc.Authorization
 		dryRun, marked := doc.Metadata.Annotations["istio.io/dry-run"]
-		switch {
-		case p.Action == policy.ActionAudit:
-		case p.Action == policy.ActionCustom:
+		switch p.Action {
+		case policy.ActionAudit:
+		case policy.ActionCustom:
 			custom = append(custom, documentLines(i, doc, policy.ActionCustom, "deny")...)
-		case p.Action == policy.ActionAllow || p.Action == "":
+		case policy.ActionAllow, "":
 			if dryRun == "true" {
 				continue
 			}

@@ -337,7 +337,7 @@ func TestAgainstTheRealServer(t *testing.T) {
 		eventually(t, func() error {
 			_, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(m.socket("orders")))
 			if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "no identity issued") {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %w", err)
 			}
 			return nil
 		})
