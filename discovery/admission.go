@@ -37,13 +37,16 @@ type admission struct {
 	denials  []denial
 	statuses []docStatus
 	good     map[Ref]good
+	// sources are the texts of the files that documents come from, by path, as far
+	// as nothing in them was refused.
+	sources map[string]*source
 }
 
 // admit decides what is in force: every document without errors, the last good
 // version of every other, and where there is none a denial for whoever it could
 // select (rule 21: a policy that cannot be read may have been a DENY).
 func admit(docs []FileDocument, before map[Ref]good) *admission {
-	a := &admission{good: map[Ref]good{}}
+	a := &admission{good: map[Ref]good{}, sources: map[string]*source{}}
 	mentioned := map[Ref]bool{}
 	for _, d := range docs {
 		mentioned[d.Ref] = true
@@ -53,8 +56,13 @@ func admit(docs []FileDocument, before map[Ref]good) *admission {
 		st := docStatus{FileDocument: d}
 		switch {
 		case d.notice:
+			st.lastGood = d.kept
+		case d.foreign:
 		case !d.Refused():
 			st.accepted = true
+			if d.src != nil {
+				a.sources[d.File] = d.src
+			}
 			a.enforce(d.Ref, newGood(d), false)
 		case d.Ref.complete():
 			if g, ok := before[d.Ref]; ok {
@@ -107,7 +115,7 @@ func (a *admission) resolve(file string, at []int, before map[Ref]good, mentione
 		a.enforce(ref, before[ref], true)
 		a.statuses = append(a.statuses, docStatus{
 			FileDocument: FileDocument{File: file, Ref: ref, Findings: []authz.Finding{{Severity: authz.SeverityError,
-				Reason: "the file cannot be read whole any more; the last good version stays in force"}}},
+				Field: wholeFile, Reason: "the file cannot be read whole any more; the last good version stays in force"}}},
 			lastGood: true,
 		})
 	}

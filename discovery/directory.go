@@ -51,9 +51,13 @@ type DirectoryConfig struct {
 // seen within a second; what looks half-written gets that long to be completed.
 type Directory struct {
 	cfg   DirectoryConfig
-	files map[string]*file // of Run's goroutine (and the constructor) alone
+	files map[string]*file // of Run's goroutine (and, before it, the constructor and resume) alone
 	// failure is why the directory as a whole could not be read.
 	failure string
+	// others are the visible entries that do not count, since when they are there,
+	// and shown those of them that are reported.
+	others map[string]time.Time
+	shown  []string
 
 	mu      sync.Mutex
 	docs    []FileDocument
@@ -65,12 +69,23 @@ type file struct {
 	stamp stamp
 	hash  [sha256.Size]byte
 	docs  []FileDocument
+	// text is nil where the file could not be read. See content for the others.
+	text    []byte
+	id      string
+	writers writers
+	// good is the last text of which nothing was refused; nil if there was none.
+	good *source
 	// reread: it was read so soon after its last change that its stamp proves nothing.
 	reread bool
 
-	// candidate has not counted yet, since...
+	// candidate has not counted yet, since..., and does after enough.
 	candidate *stamp
 	since     time.Time
+	enough    time.Duration
+	// doubted is since when anything else in its place was doubtful, held why, once
+	// that is to be reported.
+	doubted time.Time
+	held    string
 }
 
 // stamp tells versions of a file apart without reading it.
@@ -98,14 +113,19 @@ func NewDirectory(cfg DirectoryConfig) (*Directory, error) {
 		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	d := &Directory{cfg: cfg, files: map[string]*file{}, changed: make(chan struct{})}
-	names, err := policyFiles(cfg.Path)
+	names, others, err := policyFiles(cfg.Path)
 	if err != nil {
 		return nil, fmt.Errorf("discovery: policy directory: %w", err)
 	}
 	for _, name := range names {
-		// What is there at the start counts as it is: there is nothing to keep instead.
+		// What is there at the start counts as it is, unless resume knows better.
 		d.files[name] = d.read(name, d.look(name))
 	}
+	d.others = map[string]time.Time{}
+	for _, name := range others {
+		d.others[name] = time.Time{}
+	}
+	d.shown = others
 	d.docs = d.collect()
 	if n := len(d.docs); n > maxDocuments {
 		return nil, fmt.Errorf("discovery: %s holds %d documents, %d are allowed", cfg.Path, n, maxDocuments)
@@ -164,13 +184,16 @@ func quiet(ctx context.Context, events <-chan fsnotify.Event) {
 // scan looks at every file, publishes what has changed, and returns when to look
 // again at the latest.
 func (d *Directory) scan() time.Duration {
-	names, err := policyFiles(d.cfg.Path)
+	names, others, err := policyFiles(d.cfg.Path)
 	if err != nil {
 		d.fail(err)
 		return pollEvery
 	}
 	changed := d.failure != ""
 	d.failure = ""
+	if d.passOver(others) {
+		changed = true
+	}
 	wait := pollEvery
 	for _, name := range d.union(names) {
 		c, again := d.update(name)
@@ -190,6 +213,27 @@ func (d *Directory) union(names []string) []string {
 	return slices.Compact(all)
 }
 
+// passOver notes the entries that do not count, and says whether there is news to
+// tell: of those that stay, since a file is often written beside the one it is to
+// replace.
+func (d *Directory) passOver(others []string) (news bool) {
+	now := d.cfg.Now()
+	var shown []string
+	since := make(map[string]time.Time, len(others))
+	for _, name := range others {
+		since[name] = now
+		if t, ok := d.others[name]; ok {
+			since[name] = t
+		}
+		if now.Sub(since[name]) >= settle {
+			shown = append(shown, name)
+		}
+	}
+	news = !slices.Equal(shown, d.shown)
+	d.others, d.shown = since, shown
+	return news
+}
+
 // update looks at one file. again is when to look at the latest.
 func (d *Directory) update(name string) (changed bool, again time.Duration) {
 	now := d.cfg.Now()
@@ -200,18 +244,17 @@ func (d *Directory) update(name string) (changed bool, again time.Duration) {
 	}
 	if old != nil && s.missing && old.stamp.missing {
 		delete(d.files, name) // it never counted
-		return false, pollEvery
+		return old.held != "", pollEvery
 	}
 	if old != nil && s.same(old.stamp) && !old.reread {
-		old.candidate = nil
-		return false, pollEvery
+		return old.clear(), pollEvery
 	}
 	if s.missing {
 		if !d.moved(old) && !old.waited(s, now, gone) {
 			return false, gone
 		}
 		delete(d.files, name)
-		return len(old.docs) > 0, pollEvery
+		return len(old.docs) > 0 || old.held != "", pollEvery
 	}
 	next := d.read(name, s)
 	again = pollEvery
@@ -219,18 +262,21 @@ func (d *Directory) update(name string) (changed bool, again time.Duration) {
 		again = racy
 	}
 	if old != nil && old.hash == next.hash {
-		old.stamp, old.reread, old.candidate = next.stamp, next.reread, nil
-		return false, again
+		old.stamp, old.id, old.reread = next.stamp, next.id, next.reread
+		return old.clear(), again
 	}
-	if next.doubtful() {
+	if why := doubtOf(old, next); why != nil {
 		if old == nil {
-			// Counts as absent until it has settled: it was not in force before either.
+			// Counts as absent until there is no doubt: it was not in force before either.
 			old = &file{stamp: stamp{missing: true}}
 			d.files[name] = old
 		}
-		if !old.waited(s, now, settle) {
-			return false, settle / 4
+		if !old.waited(s, now, why.wait) || why.wait == 0 {
+			return old.report(why, now), settle / 4
 		}
+	}
+	if next.good == nil && old != nil {
+		next.good = old.good
 	}
 	d.files[name] = next
 	return true, again
@@ -239,8 +285,8 @@ func (d *Directory) update(name string) (changed bool, again time.Duration) {
 // waited notes that next would take f's place, and reports whether it has been
 // the same long enough.
 func (f *file) waited(next stamp, now time.Time, enough time.Duration) bool {
-	if f.candidate == nil || !f.candidate.same(next) {
-		f.candidate, f.since = &next, now
+	if f.candidate == nil || !f.candidate.same(next) || f.enough != enough {
+		f.candidate, f.since, f.enough = &next, now, enough
 		return false
 	}
 	return now.Sub(f.since) >= enough
@@ -256,7 +302,7 @@ func (d *Directory) moved(f *file) bool {
 	if f.stamp.info == nil {
 		return false
 	}
-	names, err := policyFiles(d.cfg.Path)
+	names, _, err := policyFiles(d.cfg.Path)
 	if err != nil {
 		return false
 	}
@@ -280,15 +326,12 @@ func (d *Directory) look(name string) stamp {
 
 func (d *Directory) read(name string, s stamp) *file {
 	path := filepath.Join(d.cfg.Path, name)
-	f := &file{stamp: s}
-	data, err := readFile(path)
+	c, err := readContent(path)
 	if err != nil {
-		f.hash = sha256.Sum256([]byte("unreadable: " + err.Error()))
-		f.docs = []FileDocument{unreadable(path, err)}
-		return f
+		return &file{stamp: s, hash: sha256.Sum256([]byte("unreadable: " + err.Error())), docs: []FileDocument{unreadable(path, err)}}
 	}
-	f.hash = sha256.Sum256(data)
-	f.docs = Admit(parseFile(path, data), d.cfg.Mesh)
+	f := d.parse(&source{File: path, ID: c.id, Text: c.data})
+	f.stamp, f.writers = s, c.writers
 	if s.info != nil {
 		age := d.cfg.Now().Sub(s.info.ModTime())
 		f.reread = age >= 0 && age < racy
@@ -296,19 +339,77 @@ func (d *Directory) read(name string, s stamp) *file {
 	return f
 }
 
+// parse makes a file of its text.
+func (d *Directory) parse(src *source) *file {
+	f := &file{id: src.ID, text: src.Text, hash: sha256.Sum256(src.Text), docs: Admit(parseFile(src.File, src.Text), d.cfg.Mesh)}
+	if len(f.docs) > 0 && !f.doubtful() {
+		f.good = src
+		for i := range f.docs {
+			f.docs[i].src = src
+		}
+	}
+	return f
+}
+
+// resume takes up what an earlier process last read without refusing anything, by
+// path, before Run is called: what looks half-written beside it does not count.
+func (d *Directory) resume(sources map[string]*source) {
+	resumed := false
+	for name, next := range d.files {
+		src := sources[filepath.Join(d.cfg.Path, name)]
+		if src == nil {
+			continue
+		}
+		old := d.parse(src)
+		if why := doubtOf(old, next); why != nil && why.reason != "" && old.hash != next.hash {
+			old.doubted, old.held = d.cfg.Now(), why.reason
+			d.files[name] = old
+			resumed = true
+		}
+	}
+	if resumed {
+		d.publish()
+	}
+}
+
 // collect puts the documents of all files together, and refuses what stands in
 // several.
 func (d *Directory) collect() []FileDocument {
 	docs := []FileDocument{}
 	for _, name := range slices.Sorted(maps.Keys(d.files)) {
-		docs = append(docs, d.files[name].docs...)
+		f := d.files[name]
+		docs = append(docs, f.docs...)
+		if f.held != "" {
+			docs = append(docs, heldNotice(filepath.Join(d.cfg.Path, name), f.held))
+		}
 	}
+	docs = append(docs, d.passedOver()...)
 	// Within a file duplicates have been found already; across files they have not.
 	docs = slices.Clone(docs)
 	refuseAcross(docs)
 	if d.failure != "" {
-		docs = append(docs, FileDocument{File: d.cfg.Path, notice: true, Findings: []authz.Finding{{
-			Severity: authz.SeverityError, Reason: d.failure}}})
+		docs = append(docs, FileDocument{File: d.cfg.Path, notice: true, kept: true, Findings: []authz.Finding{{
+			Severity: authz.SeverityError, Field: wholeDirectory, Reason: d.failure}}})
+	}
+	return docs
+}
+
+// maxShownOthers bounds the notices of one directory.
+const maxShownOthers = 50
+
+// passedOver warns of the entries that do not count.
+func (d *Directory) passedOver() []FileDocument {
+	var docs []FileDocument
+	for i, name := range d.shown {
+		reason := "is not read: policy stands in files named *.yaml, *.yml or *.json (lower case) of the directory itself"
+		if i == maxShownOthers {
+			reason, name = fmt.Sprintf("%d more entries are not read", len(d.shown)-i), ""
+		}
+		docs = append(docs, FileDocument{File: filepath.Join(d.cfg.Path, name), notice: true, Findings: []authz.Finding{{
+			Severity: authz.SeverityWarning, Field: wholeFile, Reason: reason}}})
+		if i == maxShownOthers {
+			break
+		}
 	}
 	return docs
 }
@@ -339,7 +440,7 @@ func (d *Directory) fail(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.docs = append(slices.DeleteFunc(slices.Clone(d.docs), func(f FileDocument) bool { return f.notice }),
-		FileDocument{File: d.cfg.Path, notice: true, Findings: []authz.Finding{{Severity: authz.SeverityError, Reason: failure}}})
+		FileDocument{File: d.cfg.Path, notice: true, kept: true, Findings: []authz.Finding{{Severity: authz.SeverityError, Field: wholeDirectory, Reason: failure}}})
 	close(d.changed)
 	d.changed = make(chan struct{})
 }

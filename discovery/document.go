@@ -34,6 +34,12 @@ type FileDocument struct {
 	scope scope
 	// notice: nothing but findings, and about no document.
 	notice bool
+	// kept, of a notice: what the file held before stays in force.
+	kept bool
+	// foreign: an object of another API, which can have been no policy.
+	foreign bool
+	// src is the file's whole text, where nothing of it is refused.
+	src *source
 }
 
 // Refused reports whether any finding is an error.

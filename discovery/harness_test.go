@@ -279,6 +279,8 @@ func (s *setup) describe() []string {
 			state = "accepted"
 		} else if p.GetLastGoodInForce() {
 			state = "last-good"
+		} else if f := p.GetFindings(); len(f) == 1 && f[0].GetSeverity() == "warning" {
+			state = "passed-over"
 		}
 		line := fmt.Sprintf("%s %s/%s %s %d", filepath.Base(p.GetFile()), p.GetNamespace(), p.GetName(), state, p.GetSelected())
 		for _, f := range p.GetFindings() {

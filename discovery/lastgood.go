@@ -30,8 +30,10 @@ type good struct {
 type lastGood struct {
 	dir string
 	log *slog.Logger
-	// stored is what is on disk: file name → content hash.
-	stored map[string]string
+	// stored is what is on disk: file name → content hash; storedTexts the same of sources.
+	stored, storedTexts map[string]string
+	// texts are the sources that were found on disk.
+	texts map[string]*source
 }
 
 const goodSuffix = ".json"
@@ -40,7 +42,7 @@ const goodSuffix = ".json"
 // longer valid is left out with a word in the log: its document then has no last
 // good version, which denies.
 func openLastGood(dir string, mesh policy.Mesh, log *slog.Logger) (*lastGood, map[Ref]good, error) {
-	s := &lastGood{dir: dir, log: log, stored: map[string]string{}}
+	s := &lastGood{dir: dir, log: log, stored: map[string]string{}, storedTexts: map[string]string{}}
 	docs := map[Ref]good{}
 	if dir == "" {
 		return s, docs, nil
@@ -54,6 +56,9 @@ func openLastGood(dir string, mesh policy.Mesh, log *slog.Logger) (*lastGood, ma
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
+		if e.IsDir() {
+			continue
+		}
 		if !strings.HasSuffix(e.Name(), goodSuffix) {
 			_ = os.Remove(path) // left by a write that did not end
 			continue
@@ -66,6 +71,7 @@ func openLastGood(dir string, mesh policy.Mesh, log *slog.Logger) (*lastGood, ma
 		docs[ref] = g
 		s.stored[e.Name()] = g.contentHash()
 	}
+	s.readSources()
 	return s, docs, nil
 }
 
@@ -115,7 +121,7 @@ func (s *lastGood) keep(docs map[Ref]good) error {
 		if s.stored[name] == g.contentHash() {
 			continue
 		}
-		if err := s.write(name, g); err != nil {
+		if err := writeJSON(s.dir, name, g); err != nil {
 			failed = fmt.Errorf("discovery: keeping %s: %w", ref, err)
 			continue
 		}
@@ -134,13 +140,13 @@ func (s *lastGood) keep(docs map[Ref]good) error {
 	return failed
 }
 
-// write replaces one file atomically and durably.
-func (s *lastGood) write(name string, g good) error {
-	data, err := json.Marshal(g)
+// writeJSON replaces one file atomically and durably.
+func writeJSON(dir, name string, v any) error {
+	data, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(s.dir, "new-*")
+	f, err := os.CreateTemp(dir, "new-*")
 	if err != nil {
 		return err
 	}
@@ -153,7 +159,7 @@ func (s *lastGood) write(name string, g good) error {
 		err = cerr
 	}
 	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(s.dir, name))
+		err = os.Rename(f.Name(), filepath.Join(dir, name))
 	}
 	return err
 }

@@ -49,6 +49,7 @@ func (m *metrics) built(s *state, took time.Duration) {
 	counts := map[string]int{"accepted": 0, "last_good": 0, "refused": 0}
 	for i := range s.statuses {
 		switch st := &s.statuses[i]; {
+		case st.notice: // of no document
 		case st.accepted:
 			counts["accepted"]++
 		case st.lastGood:

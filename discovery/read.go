@@ -5,18 +5,23 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"sigs.k8s.io/yaml"
 
 	"castellan.dev/authz"
+)
+
+// What findings name where there is no field to name.
+const (
+	wholeDirectory = "directory"
+	wholeFile      = "file"
+	wholeDocument  = "document"
 )
 
 const (
@@ -41,7 +46,7 @@ func ReadDocuments(path string) ([]FileDocument, error) {
 		}
 		return parseFile(path, data), nil
 	}
-	names, err := policyFiles(path)
+	names, _, err := policyFiles(path)
 	if err != nil {
 		return nil, fmt.Errorf("discovery: %w", err)
 	}
@@ -61,51 +66,31 @@ func ReadDocuments(path string) ([]FileDocument, error) {
 	return docs, nil
 }
 
-// policyFiles lists the names in dir that count, sorted. Hidden ones do not: they
-// are editors' and, in a mounted ConfigMap, the folders behind the links.
-func policyFiles(dir string) ([]string, error) {
+// policyFiles lists the names in dir that count, and the visible ones that do
+// not, sorted. Hidden ones are editors' and, in a mounted ConfigMap, the folders
+// behind the links.
+func policyFiles(dir string) (names, others []string, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var names []string
 	for _, e := range entries {
 		name := e.Name()
-		if strings.HasPrefix(name, ".") || e.IsDir() {
-			continue
-		}
-		switch filepath.Ext(name) {
-		case ".yaml", ".yml", ".json":
+		switch ext := filepath.Ext(name); {
+		case strings.HasPrefix(name, "."):
+		case !e.IsDir() && (ext == ".yaml" || ext == ".yml" || ext == ".json"):
 			names = append(names, name)
+		case strings.HasSuffix(name, "~"), strings.HasPrefix(name, "#"): // editors' as well
+		default:
+			others = append(others, name)
 		}
 	}
 	if len(names) > maxFiles {
-		return nil, fmt.Errorf("%s holds %d policy files, %d are allowed", dir, len(names), maxFiles)
+		return nil, nil, fmt.Errorf("%s holds %d policy files, %d are allowed", dir, len(names), maxFiles)
 	}
 	slices.Sort(names)
-	return names, nil
-}
-
-// readFile reads a regular file, and never waits for a pipe's other end.
-func readFile(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, errors.New("not a regular file")
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("larger than %d bytes", maxFile)
-	}
-	return data, nil
+	slices.Sort(others)
+	return names, others, nil
 }
 
 // unreadable stands for whatever a file may hold.
@@ -114,7 +99,7 @@ func unreadable(file string, err error) FileDocument {
 	if errors.As(err, &path) {
 		err = path.Err // the file is named beside
 	}
-	return FileDocument{File: file, Findings: []authz.Finding{{Severity: authz.SeverityError, Reason: "cannot be read: " + err.Error()}}}
+	return FileDocument{File: file, Findings: []authz.Finding{{Severity: authz.SeverityError, Field: wholeFile, Reason: "cannot be read: " + err.Error()}}}
 }
 
 // parseFile reads every document of a file.
@@ -128,7 +113,7 @@ func parseFile(file string, data []byte) []FileDocument {
 		object, err := yaml.YAMLToJSONStrict(p.text)
 		if err != nil {
 			docs = append(docs, FileDocument{File: file, Line: p.line, Findings: []authz.Finding{{
-				Severity: authz.SeverityError, Reason: "not YAML: " + p.explain(err)}}})
+				Severity: authz.SeverityError, Field: fmt.Sprintf("line %d", p.line), Reason: "not YAML: " + p.explain(err)}}})
 			continue
 		}
 		if string(object) == "null" {
@@ -146,7 +131,10 @@ func decode(file string, line int, object []byte) FileDocument {
 	d.Ref, d.scope = identify(object)
 	doc, err := authz.Decode(object)
 	if err != nil {
-		d.Findings = []authz.Finding{findingOf(err)}
+		d.Findings = []authz.Finding{findingOf(err, object)}
+		if d.foreign = isForeign(object); d.foreign {
+			d.Findings[0].Reason += "; it is no policy, selects no workload and changes nothing here"
+		}
 		return d
 	}
 	d.Document = doc
@@ -154,16 +142,22 @@ func decode(file string, line int, object []byte) FileDocument {
 	return d
 }
 
-func findingOf(err error) authz.Finding {
+func findingOf(err error, object []byte) authz.Finding {
 	var field *authz.FieldError
 	if !errors.As(err, &field) {
-		return authz.Finding{Severity: authz.SeverityError, Reason: err.Error()}
+		return authz.Finding{Severity: authz.SeverityError, Field: wholeDocument, Reason: err.Error()}
 	}
-	reason := field.Reason
+	f := authz.Finding{Severity: authz.SeverityError, Field: field.Field, Value: field.Value, Reason: field.Reason}
 	if len(field.Allowed) > 0 {
-		reason += "; allowed: " + strings.Join(field.Allowed, ", ")
+		f.Reason += "; allowed: " + strings.Join(field.Allowed, ", ")
 	}
-	return authz.Finding{Severity: authz.SeverityError, Field: field.Field, Value: field.Value, Reason: reason}
+	if f.Value == "" {
+		f.Value = valueAt(object, f.Field)
+	}
+	if f.Field == "" {
+		f.Field = wholeDocument
+	}
+	return f
 }
 
 // listItems unfolds what kubectl prints for several objects.
@@ -173,8 +167,8 @@ func listItems(object []byte) [][]byte {
 		return [][]byte{object}
 	}
 	var items []json.RawMessage
-	if json.Unmarshal(top["items"], &items) != nil {
-		return [][]byte{object}
+	if json.Unmarshal(top["items"], &items) != nil || len(items) == 0 {
+		return [][]byte{object} // refused: a list cut short must not pass for nothing
 	}
 	out := make([][]byte, len(items))
 	for i, item := range items {

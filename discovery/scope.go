@@ -2,6 +2,9 @@ package discovery
 
 import (
 	"encoding/json"
+	"slices"
+	"strconv"
+	"strings"
 
 	"castellan.dev/api/policy"
 )
@@ -73,4 +76,57 @@ func text(raw json.RawMessage) string {
 		return ""
 	}
 	return s
+}
+
+// isForeign reports whether an object says clearly that it is of another API. One
+// of our group, or of one of our kinds under whatever group, is policy gone wrong;
+// so is what cannot be told.
+func isForeign(object []byte) bool {
+	top := members(object)
+	group, version, grouped := strings.Cut(text(top["apiVersion"]), "/")
+	if !grouped {
+		group, version = "", group // the core group has no name
+	}
+	kind := text(top["kind"])
+	readable := len(version) > 1 && version[0] == 'v' && version[1] >= '0' && version[1] <= '9' && kind != "" &&
+		strings.Trim(group, "abcdefghijklmnopqrstuvwxyz0123456789.-") == "" && (group != "") == grouped
+	if !readable || group == policy.Group || kind == "List" {
+		return false
+	}
+	return !slices.ContainsFunc([]string{policy.KindAuthorization, policy.KindRequestAuthentication, policy.KindPeerAuthentication},
+		func(ours string) bool { return strings.EqualFold(kind, ours) })
+}
+
+// maxShown bounds the values that findings repeat.
+const maxShown = 128
+
+// valueAt returns what stands at a path such as "spec.rules[0].to", as JSON, if it
+// is small and can be found; a string without its quotes.
+func valueAt(object []byte, path string) string {
+	if path == "" {
+		return ""
+	}
+	raw := json.RawMessage(object)
+	for step := range strings.SplitSeq(path, ".") {
+		name, indexes, _ := strings.Cut(step, "[")
+		raw = members(raw)[name]
+		for index := range strings.SplitSeq(strings.TrimSuffix(indexes, "]"), "][") {
+			if index == "" {
+				continue
+			}
+			var list []json.RawMessage
+			i, err := strconv.Atoi(index)
+			if err != nil || json.Unmarshal(raw, &list) != nil || i < 0 || i >= len(list) {
+				return ""
+			}
+			raw = list[i]
+		}
+	}
+	if len(raw) == 0 || len(raw) > maxShown {
+		return ""
+	}
+	if s := text(raw); s != "" {
+		return s
+	}
+	return string(raw)
 }

@@ -68,6 +68,9 @@ func New(cfg Config) (*Server, error) {
 	if s.store, s.good, err = openLastGood(cfg.LastGoodDir, cfg.Mesh, cfg.Log); err != nil {
 		return nil, err
 	}
+	if dir, ok := cfg.Source.(*Directory); ok {
+		dir.resume(s.store.lastSources(s.good))
+	}
 	if s.metrics, err = newMetrics(cfg.Registerer); err != nil {
 		return nil, fmt.Errorf("discovery: %w", err)
 	}
@@ -171,7 +174,7 @@ func (s *Server) keep() error {
 	if s.state.Load() == nil {
 		return nil // nothing is known that could replace what is on disk
 	}
-	err := s.store.keep(s.good)
+	err := errors.Join(s.store.keep(s.good), s.store.keepSources(s.good, s.state.Load().sources))
 	if err != nil {
 		s.metrics.keepErrors.Inc()
 		s.log.Error("last good policy cannot be kept on disk; it is in force all the same, until a restart", slog.Any("error", err))
@@ -191,7 +194,7 @@ func (s *Server) logRefusals(a *admission) {
 			if !s.logged[key] && !logged[key] {
 				outcome := "workloads it could select deny everything"
 				switch {
-				case st.notice:
+				case st.notice, st.foreign:
 					outcome = "nothing changes"
 				case st.lastGood:
 					outcome = "its last good version stays in force"

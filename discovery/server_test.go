@@ -351,7 +351,7 @@ func TestLastGoodOutlivesRestart(t *testing.T) {
 	s.write("garbage.yaml", "}{ no YAML")
 	for range 2 { // twice: the last good is kept by a server that never saw it good
 		s.start()
-		s.become("garbage.yaml / last-good 0 ", "orders.yaml shop/orders last-good 1 spec.rules[0].from[0].source.prinzipals", "garbage.yaml shop/other last-good 1 ")
+		s.become("garbage.yaml / last-good 0 line 1", "orders.yaml shop/orders last-good 1 spec.rules[0].from[0].source.prinzipals", "garbage.yaml shop/other last-good 1 file")
 		one, two := s.follow(s.agent("one")), s.follow(s.agent("two"))
 		s.told(one, "pod-orders", "orders=frontend")
 		s.told(two, "pod-payments", "other=frontend")
@@ -383,7 +383,7 @@ func TestLastGoodOutlivesRestart(t *testing.T) {
 }
 
 func (s *setup) kept() []string {
-	files, err := filepath.Glob(filepath.Join(s.good, "*"))
+	files, err := filepath.Glob(filepath.Join(s.good, "*.json"))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -417,22 +417,30 @@ func testWhoARefusedDocumentDenies(t *testing.T) {
 		text string
 		want []string
 	}{
-		"by its labels":            {broken("x", "payments"), []string{"pod-payments"}},
-		"its namespace":            {strings.Replace(broken("x", "payments"), "  selector: {matchLabels: {app: payments}}\n", "", 1), all[:2]},
-		"selector not understood":  {strings.Replace(broken("x", "payments"), "matchLabels", "matchLabel", 1), all[:2]},
-		"selector and more":        {strings.Replace(broken("x", "payments"), "{matchLabels", "{matchExpressions: [], matchLabels", 1), all[:2]},
-		"root namespace by label":  {strings.Replace(broken("x", "payments"), "namespace: shop", "namespace: castellan-system", 1), []string{"pod-payments"}},
-		"root namespace":           {"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {namespace: castellan-system, name: x}\nspec: {action: DENI}", all},
-		"no namespace":             {strings.Replace(allow("x", "payments", "frontend"), "namespace: shop, ", "", 1), []string{"pod-payments"}},
-		"no namespace, no labels":  {"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: x}\nspec: {action: DENY, rules: [{}]}", all},
-		"another kind":             {"apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy\nmetadata: {namespace: shop, name: x}\nspec: {}", all[:2]},
-		"no YAML":                  {"a: b: c", all},
-		"a half document":          {allow("x", "payments", "frontend") + "---\nkind: [", all},
-		"a key twice":              {allow("x", "payments", "frontend") + "kind: AuthorizationPolicy\n", all},
-		"a list with a bad item":   {"apiVersion: v1\nkind: List\nitems: [{kind: X, metadata: {namespace: guest, name: x}}]", all[2:]},
-		"invalid value":            {strings.Replace(allow("x", "payments", "frontend"), "spec:", "spec:\n  action: DENI", 1), []string{"pod-payments"}},
-		"nothing":                  {"# a comment\n---\n---\n", []string{}},
-		"a value the engine lacks": {strings.Replace(allow("x", "payments", "frontend"), "  rules:\n  - from", "  rules:\n  - when: [{key: no.such, values: [x]}]\n    from", 1), []string{"pod-payments"}},
+		"by its labels":               {broken("x", "payments"), []string{"pod-payments"}},
+		"its namespace":               {strings.Replace(broken("x", "payments"), "  selector: {matchLabels: {app: payments}}\n", "", 1), all[:2]},
+		"selector not understood":     {strings.Replace(broken("x", "payments"), "matchLabels", "matchLabel", 1), all[:2]},
+		"selector and more":           {strings.Replace(broken("x", "payments"), "{matchLabels", "{matchExpressions: [], matchLabels", 1), all[:2]},
+		"root namespace by label":     {strings.Replace(broken("x", "payments"), "namespace: shop", "namespace: castellan-system", 1), []string{"pod-payments"}},
+		"root namespace":              {"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {namespace: castellan-system, name: x}\nspec: {action: DENI}", all},
+		"no namespace":                {strings.Replace(allow("x", "payments", "frontend"), "namespace: shop, ", "", 1), []string{"pod-payments"}},
+		"no namespace, no labels":     {"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: x}\nspec: {action: DENY, rules: [{}]}", all},
+		"another kind":                {"apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy\nmetadata: {namespace: shop, name: x}\nspec: {}", all[:2]},
+		"no YAML":                     {"a: b: c", all},
+		"a half document":             {allow("x", "payments", "frontend") + "---\nkind: [", all},
+		"a key twice":                 {allow("x", "payments", "frontend") + "kind: AuthorizationPolicy\n", all},
+		"a list with a bad item":      {"apiVersion: v1\nkind: List\nitems: [{kind: X, metadata: {namespace: guest, name: x}}]", all[2:]},
+		"a list of nothing":           {"apiVersion: v1\nkind: List\nitems:\n", all},
+		"a ConfigMap":                 {"apiVersion: v1\nkind: ConfigMap\nmetadata: {namespace: shop, name: x}\ndata: {a: b}", []string{}},
+		"a kustomization":             {"apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [a.yaml]", []string{}},
+		"an Istio object of ours not": {"apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {namespace: shop, name: x}\nspec: {}", []string{}},
+		"our kind, another group":     {"apiVersion: security.istio.oi/v1\nkind: AuthorizationPolicy\nmetadata: {namespace: shop, name: x}\nspec: {}", all[:2]},
+		"another version":             {"apiVersion: security.istio.io/v7\nkind: Policy\nmetadata: {namespace: shop, name: x}\nspec: {}", all[:2]},
+		"a strange version":           {"apiVersion: securityistioio\nkind: Policy\nmetadata: {namespace: shop, name: x}\nspec: {}", all[:2]},
+		"no kind":                     {"apiVersion: v1\nmetadata: {namespace: shop, name: x}", all[:2]},
+		"invalid value":               {strings.Replace(allow("x", "payments", "frontend"), "spec:", "spec:\n  action: DENI", 1), []string{"pod-payments"}},
+		"nothing":                     {"# a comment\n---\n---\n", []string{}},
+		"a value the engine lacks":    {strings.Replace(allow("x", "payments", "frontend"), "  rules:\n  - from", "  rules:\n  - when: [{key: no.such, values: [x]}]\n    from", 1), []string{"pod-payments"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := start(t, map[string]string{"x.yaml": c.text})
