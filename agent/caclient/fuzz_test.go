@@ -1,6 +1,9 @@
 package caclient_test
 
 import (
+	"bytes"
+	"encoding/pem"
+	"slices"
 	"testing"
 	"time"
 
@@ -11,23 +14,56 @@ import (
 )
 
 // FuzzAnswer: no answer makes the check panic, and none but the good one passes.
+//
+// The input says what to change of the good answer instead of being one: the
+// keys are other ones in every process that fuzzes, so that an answer kept from
+// one would be noise in the next, and shortening it would take all of the time.
 func FuzzAnswer(f *testing.F) {
 	a, k := agenttest.NewAuthority(f, "fuzz"), key(f)
 	w := workload(f, account)
-	good := a.Elements(a.Leaf(f, agenttest.ID(account), k.Public(), time.Hour, nil))
+	leaf := a.Leaf(f, agenttest.ID(account), k.Public(), time.Hour, nil)
 	other := a.Leaf(f, agenttest.ID("shop/other"), k.Public(), time.Hour, nil)
-	f.Add(good[0], good[1], good[2])
-	f.Add(good[0][:100], good[1], good[2])
-	f.Add(agenttest.PEM(other), good[1], good[2])
-	f.Fuzz(func(t *testing.T, leaf, intermediate, roots string) {
-		got, err := caclient.CheckChain([]string{leaf, intermediate, roots}, w, k.Public(), time.Now())
+	good := a.Elements(leaf)
+	if _, err := caclient.CheckChain(good, w, k.Public(), time.Now()); err != nil {
+		f.Fatal(err)
+	}
+	// Which element; whether its DER is changed or its PEM; at which byte, how many
+	// go, and what comes.
+	f.Add(uint8(0), false, uint16(0), uint16(0), []byte{})
+	f.Add(uint8(0), false, uint16(100), uint16(0xffff), []byte{})
+	f.Add(uint8(0), true, uint16(0), uint16(0xffff), other.Raw[:8])
+	f.Add(uint8(1), true, uint16(200), uint16(1), []byte{0xff})
+	f.Add(uint8(2), false, uint16(0), uint16(0), []byte("\n"))
+	f.Add(uint8(3), true, uint16(0), uint16(0xffff), []byte{0x30, 0x80})
+	f.Fuzz(func(t *testing.T, which uint8, der bool, at, gone uint16, comes []byte) {
+		answer := append(slices.Clone(good), agenttest.PEM(other))
+		if which%8 < 4 {
+			answer = answer[:len(good)]
+		}
+		text := []byte(answer[int(which)%len(answer)])
+		if der {
+			block, _ := pem.Decode(text)
+			block.Bytes = splice(block.Bytes, at, gone, comes)
+			text = pem.EncodeToMemory(block)
+		} else {
+			text = splice(text, at, gone, comes)
+		}
+		answer[int(which)%len(answer)] = string(text)
+		got, err := caclient.CheckChain(answer, w, k.Public(), time.Now())
 		if (got == nil) == (err == nil) {
 			t.Fatalf("got %v and %v", got, err)
 		}
-		if err == nil && got.ID != w.ID() {
+		if err == nil && (got.ID != w.ID() || !bytes.Equal(got.Leaf.Raw, leaf.Raw)) {
 			t.Errorf("accepted %q", got.ID)
 		}
 	})
+}
+
+// splice replaces gone bytes at a place.
+func splice(b []byte, at, gone uint16, comes []byte) []byte {
+	from := int(at) % (len(b) + 1)
+	to := min(from+int(gone), len(b))
+	return slices.Concat(b[:from], comes, b[to:])
 }
 
 // FuzzCredential: what is read of a token never panics, and nothing unprintable passes.
