@@ -98,7 +98,7 @@ func (in *inbound) either(ctx context.Context, conn net.Conn, speaks protocol) (
 
 // serve registers the connection, tells its protocol and hands it on.
 func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort) {
-	l := &live{side: inboundSide, port: in.port, chain: a.chain}
+	l := &live{side: inboundSide, port: in.port, chain: a.chain, opaque: a.opaque}
 	l.subject = authz.Peer{
 		SourceIP: source.Addr(), DestinationIP: addrPort(a.conn.LocalAddr()).Addr(), DestinationPort: in.port, SNI: a.sni,
 	}
@@ -148,7 +148,14 @@ func (in *inbound) tell(a *accepted) (protocol, error) {
 	case declared != undeclared && (a.alpn == alpnHTTP11 || strings.HasPrefix(a.alpn, "istio-http/")):
 		return speaksHTTP, nil
 	}
-	return in.p.tellByBytes(&a.conn, declared)
+	if declared == undeclared && in.p.store.load().wantsHTTP(in.port) {
+		declared = speaksHTTP
+	}
+	speaks, err := in.p.tellByBytes(&a.conn, declared)
+	if first, ok := a.conn.(*prefixConn); ok && speaks == speaksTCP {
+		first.late = sniff(first.prefix[:first.length]) == sniffedNothing
+	}
+	return speaks, err
 }
 
 // tellByBytes replaces *conn by one that gives the bytes read ahead once more.

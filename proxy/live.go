@@ -36,6 +36,8 @@ type live struct {
 	subject authz.Peer
 	// tcp: judged as a whole; HTTP is judged request by request.
 	tcp bool
+	// opaque: TLS of the application's own.
+	opaque bool
 	// requests judges the requests in flight of an HTTP connection, and ends those
 	// that would be refused; nil where policy does not judge them.
 	requests func(*state)
@@ -126,7 +128,7 @@ func (p *Proxy) stillAccepted(l *live, st *state) (string, error) {
 	if len(l.chain) == 0 && st.mode(l.port) == authz.ModeStrict {
 		return closedMode, nil
 	}
-	if l.tcp && !p.authorizeTCP(st, l.subject).Allowed {
+	if l.tcp && (!p.authorizeTCP(st, l.subject).Allowed || !l.opaque && st.wantsHTTP(l.port)) {
 		return closedPolicy, nil
 	}
 	return "", nil

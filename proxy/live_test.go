@@ -298,7 +298,115 @@ func TestUndeclaredPort(t *testing.T) {
 	binary.echo("\x00binary")
 	binary.conn.Close()
 	r.logged(`"protocol":"TCP"`)
-	dialTLS(t, r.inbound, cert).echo("Get / no method")
+	// HTTP in odd clothes meets the strict parser.
+	for _, odd := range []string{"Get / HTTP/1.1\r\n", "\r\nGET / HTTP/1.1\r\n", "get\t/ HTTP/1.1\r\n"} {
+		s := dialTLS(t, r.inbound, cert)
+		if _, err := io.WriteString(s.conn, odd+"Host: x\r\nX-Forwarded-Client-Cert: forged\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(s.r, nil)
+		if err != nil || resp.StatusCode != 400 {
+			t.Fatalf("%q: %v, %v", odd, resp, err)
+		}
+	}
+}
+
+// undeclaredMesh is a mesh in front of an application that speaks first and
+// sends back what it reads, on a port that nobody has declared.
+func undeclaredMesh(t *testing.T, policies string) (*running, *tlsconftest.CA, *buffer) {
+	t.Helper()
+	root := tlsconftest.NewRoot(t)
+	a := newAgent(t, root, orders)
+	a.secrets(a.issuer.Leaf(t, orders), root)
+	a.policy.Ports = nil
+	a.publish(policies)
+	seen := &buffer{}
+	app := newTCPApp(t, func(c net.Conn) {
+		_, _ = io.WriteString(c, "220 ready\r\n")
+		_, _ = io.Copy(io.MultiWriter(c, seen), c)
+	})
+	quick := limit(func(l *config.ProxyLimits) { l.HandshakeTimeout = config.Duration(300 * time.Millisecond) })
+	return start(t, a, app, quick).ready(), a.issuer, seen
+}
+
+// On an undeclared port a client that waits until it counts as TCP gets the
+// server's greeting, and is cut off when it speaks HTTP then: nobody would have
+// judged the request, nor removed the headers that only the proxy may set.
+func TestLateHTTPIsCutOff(t *testing.T) {
+	r, ca, seen := undeclaredMesh(t, strict+tcpFrontend)
+	cert := ca.Leaf(t, frontend)
+	greeted := func(first string) *session {
+		s := dialTLS(t, r.inbound, cert, "istio")
+		if _, err := io.WriteString(s.conn, first); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := s.r.ReadString('\n'); err != nil || line != "220 ready\r\n" {
+			t.Fatalf("%q, %v", line, err)
+		}
+		return s
+	}
+	greeted("").echo("EHLO host.example\r\n")
+	const request = "GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-Client-Cert: URI=forged\r\n\r\n"
+	for _, parts := range [][2]string{{"", request}, {"GE", request[2:]}, {"\r\n", request}, {"", "get / HTTP/1.0\r\nX: forged\r\n\r\n"}} {
+		s := greeted(parts[0])
+		if _, err := io.WriteString(s.conn, parts[1]); err != nil {
+			t.Fatal(err)
+		}
+		s.closed()
+	}
+	r.logged(`"protocol":"TCP"`, `"reason":"http_late"`)
+	if got := seen.String(); strings.Contains(got, "forged") || strings.Contains(got, "/") {
+		t.Fatalf("the application was sent %q", got)
+	}
+}
+
+const frontendMayGetOn = `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: http, namespace: shop}
+spec:
+  action: DENY
+  rules: [{to: [{operation: {methods: ["DELETE"], ports: ["PORT"]}}]}]
+---
+`
+
+// Where rules are about HTTP, or tokens are judged, an undeclared port is for
+// HTTP only, also for connections that were there before.
+func TestUndeclaredPortWithHTTPRules(t *testing.T) {
+	httpRules := strict + tcpFrontend + strings.Replace(frontendMayGetOn, "PORT", "8080", 1)
+	elsewhere := strict + tcpFrontend + strings.Replace(frontendMayGetOn, "PORT", "9090", 1)
+	tokens := strict + tcpFrontend + `
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: jwt, namespace: shop}
+spec: {jwtRules: [{issuer: "https://issuer.example", jwks: '{"keys":[]}'}]}
+`
+	for name, policies := range map[string]string{"a rule": httpRules, "tokens": tokens} {
+		t.Run(name, func(t *testing.T) {
+			r, ca, seen := undeclaredMesh(t, elsewhere)
+			live := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "istio")
+			if _, err := io.WriteString(live.conn, "\x00bytes"); err != nil {
+				t.Fatal(err)
+			}
+			if line, err := live.r.ReadString('\n'); err != nil || line != "220 ready\r\n" {
+				t.Fatalf("%q, %v", line, err)
+			}
+			if _, err := io.ReadFull(live.r, make([]byte, len("\x00bytes"))); err != nil {
+				t.Fatal(err)
+			}
+			r.agent.publish(policies)
+			live.closed()
+			r.agent.settled()
+			s := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "istio")
+			if _, err := io.WriteString(s.conn, "\x01more"); err != nil {
+				t.Fatal(err)
+			}
+			resp, err := http.ReadResponse(s.r, nil)
+			if err != nil || resp.StatusCode != 400 || strings.Contains(seen.String(), "more") {
+				t.Fatalf("%v, %v, the application saw %q", resp, err, seen)
+			}
+		})
+	}
 }
 
 func TestIdleTCPIsClosed(t *testing.T) {

@@ -26,11 +26,17 @@ import (
 func TestSniff(t *testing.T) {
 	for in, want := range map[string]sniffed{
 		"": sniffedNothing, "G": sniffedNothing, "GET": sniffedNothing, "GET ": sniffedNothing,
-		"GET /": sniffedHTTP1, "OPTIONS *": sniffedHTTP1, "GET http://x/": sniffedHTTP1, "PROPFIND /": sniffedHTTP1,
+		"GET /": sniffedHTTP1, "OPTIONS *": sniffedNothing, "OPTIONS * HTTP/1.1": sniffedHTTP1, "GET http://x/": sniffedHTTP1, "PROPFIND /": sniffedHTTP1,
 		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": sniffedHTTP2, "PRI * HTTP/2.0\r\n\r\nSM": sniffedNothing,
 		"PRI * HTTP/2.0\r\n\r\nXX": sniffedHTTP1, "PRI": sniffedNothing,
-		"get /": sniffedOther, " GET /": sniffedOther, "\x16\x03\x01": sniffedOther, "GET\t/": sniffedOther,
-		"ABCDEFGHIJKLMNOPQRSTUVWX": sniffedOther, "HELO mail": sniffedOther, "EHLO mail": sniffedOther, "\x00": sniffedOther,
+		// What a tolerant application reads as HTTP is for the strict parser to refuse.
+		"get /": sniffedHTTP1, " GET /": sniffedHTTP1, "\r\n\r\nGET /": sniffedHTTP1, "\nGET  /": sniffedHTTP1, "GET\t/": sniffedHTTP1,
+		"X-1!_~ /": sniffedHTTP1, "Get HTTPS://x": sniffedHTTP1, "get *  http/1.1": sniffedHTTP1, "\r\n": sniffedNothing,
+		"\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": sniffedHTTP1,
+		strings.Repeat("A", sniffLength-1):     sniffedNothing, strings.Repeat("A", sniffLength): sniffedHTTP1,
+		strings.Repeat("A", sniffLength-4) + " htt": sniffedHTTP1, strings.Repeat("\n", sniffLength): sniffedHTTP1,
+		"SELECT * FROM t": sniffedOther, "EHLO host.example": sniffedOther, "EHLO h": sniffedNothing, "PING\r\n": sniffedOther,
+		"\x16\x03\x01": sniffedOther, "GET\x0b/": sniffedOther, "HELO mail": sniffedOther, "EHLO mail": sniffedOther, "\x00": sniffedOther,
 	} {
 		if got := sniff([]byte(in)); got != want {
 			t.Errorf("%q: %d, want %d", in, got, want)
@@ -38,7 +44,7 @@ func TestSniff(t *testing.T) {
 	}
 	for c := range 256 {
 		b := []byte{byte(c)}
-		if got := sniff(b); (got == sniffedNothing) != (c >= 'A' && c <= 'Z') {
+		if got := sniff(b); (got == sniffedNothing) != (isToken(byte(c)) || strings.IndexByte(blank, byte(c)) >= 0) {
 			t.Errorf("byte %#x: %d", c, got)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"time"
 )
 
@@ -38,16 +39,36 @@ func protocolOf(declared string) protocol {
 // preface opens every HTTP/2 connection (RFC 9113 section 3.4).
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
+// sniffLength is how many bytes are looked at to tell what is spoken.
+const sniffLength = 64
+
 // prefixConn is a connection whose first bytes have been read already.
 type prefixConn struct {
 	net.Conn
-	prefix [len(preface)]byte
+	prefix [sniffLength]byte
 	read   int
 	length int
+	// late: the client had said too little to tell what it speaks when its time
+	// was up. It counts as TCP, on which the server may speak first, and what the
+	// client says then must not turn out to be HTTP.
+	late bool
 }
+
+// errLate: HTTP on a connection that had been taken for TCP, which nobody has
+// judged, nor cleaned of the headers that only we may set.
+var errLate = errors.New("http after the time to tell had passed")
 
 // Read gives the bytes read ahead, and then the connection's own.
 func (c *prefixConn) Read(b []byte) (int, error) {
+	if c.late {
+		if err := c.fill(func(b []byte) bool { return sniff(b) != sniffedNothing }, time.Time{}); err != nil {
+			return 0, err
+		}
+		if what := sniff(c.prefix[:c.length]); what == sniffedHTTP1 || what == sniffedHTTP2 {
+			return 0, errLate
+		}
+		c.late = false
+	}
 	if c.read < c.length {
 		n := copy(b, c.prefix[c.read:c.length])
 		c.read += n
@@ -87,41 +108,76 @@ const (
 	sniffedOther
 )
 
-// maxMethod is the longest method that is taken for one.
-const maxMethod = 20
-
-// sniff tells HTTP by its shape: HTTP/2 by its preface, HTTP/1 by a method, a
-// space and how a target begins. Whoever disguises HTTP as something else gains
-// nothing: rules about HTTP fail closed on TCP (authz 19).
+// sniff tells HTTP by its shape: HTTP/2 by its preface, HTTP/1 by a token, space
+// and how a target begins, in whatever spelling an application might take for
+// HTTP: what is HTTP here has to pass the strict parser, which answers 400 to all
+// but the right one. What an application makes of stranger openings than these is
+// its own; rules about HTTP fail closed on TCP (authz 19).
 func sniff(b []byte) sniffed {
-	if len(b) == 0 {
-		return sniffedNothing
+	what := sniffStart(b)
+	if what == sniffedNothing && len(b) >= sniffLength {
+		return sniffedHTTP1 // nothing so far says that it is none
 	}
-	if len(b) <= len(preface) && preface[:len(b)] == string(b) {
+	return what
+}
+
+func sniffStart(b []byte) sniffed {
+	if len(b) > 0 && len(b) <= len(preface) && preface[:len(b)] == string(b) {
 		if len(b) == len(preface) {
 			return sniffedHTTP2
 		}
 		return sniffedNothing
 	}
-	i := bytes.IndexByte(b, ' ')
-	method := b
-	if i >= 0 {
-		method = b[:i]
+	if len(b) >= len(preface) && string(b[:len(preface)]) == preface {
+		return sniffedHTTP2
 	}
-	for _, c := range method {
-		if c < 'A' || c > 'Z' {
-			return sniffedOther
-		}
+	rest := bytes.TrimLeft(b, blank)
+	method := 0
+	for method < len(rest) && isToken(rest[method]) {
+		method++
 	}
+	target := bytes.TrimLeft(rest[method:], " \t")
 	switch {
-	case len(method) == 0 || len(method) > maxMethod:
+	case method == 0 && len(rest) > 0:
 		return sniffedOther
-	case i < 0 || i+1 == len(b):
+	case len(target) == 0:
 		return sniffedNothing
-	case bytes.IndexByte([]byte("/*hH"), b[i+1]) < 0: // origin, asterisk or absolute form
+	case len(target) == len(rest)-method:
+		return sniffedOther // nothing between method and target
+	}
+	return sniffTarget(target)
+}
+
+// blank is what may stand before a request line, for a tolerant reader (RFC 9112
+// section 2.2, and what some take for space).
+const blank = "\r\n \t\v\f"
+
+// sniffTarget tells by how the target begins: origin, asterisk or absolute form.
+func sniffTarget(b []byte) sniffed {
+	switch {
+	case b[0] == '/':
+		return sniffedHTTP1
+	case b[0] == '*':
+		return sniffPrefix(bytes.TrimLeft(b[1:], " \t"), "http/")
+	}
+	return sniffPrefix(b, "http")
+}
+
+// sniffPrefix: HTTP if b begins with the prefix, in whatever case.
+func sniffPrefix(b []byte, prefix string) sniffed {
+	n := min(len(b), len(prefix))
+	switch {
+	case !strings.EqualFold(string(b[:n]), prefix[:n]):
 		return sniffedOther
+	case n < len(prefix):
+		return sniffedNothing
 	}
 	return sniffedHTTP1
+}
+
+// isToken tells a character of a method (RFC 9110 section 5.6.2).
+func isToken(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }
 
 // recordHandshake is the first byte of a TLS ClientHello (RFC 8446 section 5.1).

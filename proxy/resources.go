@@ -120,6 +120,7 @@ func compilePolicy(wp *castellanv1.WorkloadPolicy, keys func(string) *jws.KeySet
 	snapshot, unrepresented := authz.Compile(cfg)
 	in.compiled.snapshot = snapshot
 	in.compiled.broken = cfg.DenyAll
+	in.compiled.http = portsWithHTTP(cfg)
 	for _, p := range unrepresented {
 		problems = append(problems, fmt.Sprintf("%s %s/%s: %s: %q: %s", p.Kind, p.Namespace, p.Name, p.Field, p.Value, p.Reason))
 	}

@@ -40,6 +40,8 @@ type policyState struct {
 	aliases []spiffeid.TrustDomain
 	// ports holds the declared protocol by workload port.
 	ports map[uint16]string
+	// http says which ports have rules about HTTP.
+	http httpPorts
 }
 
 // mode is how mutual TLS is wanted on a port. Without a policy it is STRICT.
@@ -56,6 +58,13 @@ func (s *state) declared(port uint16) string {
 		return ""
 	}
 	return s.policy.ports[port]
+}
+
+// wantsHTTP reports whether bytes that are no HTTP have no business on a port:
+// policy judges its requests by their tokens, or by fields that only HTTP has,
+// and nothing said that it carries anything else.
+func (s *state) wantsHTTP(port uint16) bool {
+	return s.policy != nil && s.policy.ports[port] == "" && (s.policy.tokens != nil || s.policy.http.on(port))
 }
 
 // store holds the inputs as they came, and the state made of them.

@@ -76,6 +76,10 @@ func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *acce
 	}
 	defer app.Close()
 	e.BytesReceived, e.BytesSent, e.Error = p.splice(ctx, conn, app, l)
+	if errors.Is(e.Error, errLate) {
+		e.Reason = refusedLate
+		p.metrics.refused.WithLabelValues(inboundSide.String(), refusedLate).Inc()
+	}
 }
 
 // splice carries bytes both ways until both ended, one failed, or ctx ended.
