@@ -34,6 +34,9 @@ const (
 	ByImpersonation = "impersonation" // a node proxy, listed in trustedNodeAccounts
 )
 
+// DefaultNamespace is where the mesh itself is installed unless configured otherwise.
+const DefaultNamespace = "castellan-system"
+
 // Credentials are what a caller brought.
 type Credentials struct {
 	// WorkloadToken is the token of the pod that asks.
@@ -82,8 +85,12 @@ type Config struct {
 	AgentAccounts []identity.Account
 	// DirectCallers may ask for themselves without an agent; default nobody.
 	DirectCallers []identity.Account
-	// TrustedNodeAccounts may ask for pods of their node; default nobody.
+	// TrustedNodeAccounts may ask for pods of their node; default nobody. Agents,
+	// these accounts themselves and all of ReservedNamespaces are never given away so.
 	TrustedNodeAccounts []identity.Account
+	// ReservedNamespaces are where the mesh itself runs, the server's account
+	// included; DefaultNamespace is always one of them.
+	ReservedNamespaces []string
 	// AgentsAreListed has an agent's own pod looked up as any other. Off
 	// Kubernetes agents are no pods: there their token is all there is.
 	AgentsAreListed bool
@@ -191,6 +198,11 @@ func (a *Attestor) attested(c *claims, attestor string) (Attested, error) {
 
 func (a *Attestor) isAgent(account identity.Account) bool {
 	return slices.Contains(a.cfg.AgentAccounts, account)
+}
+
+func (a *Attestor) reserved(account identity.Account) bool {
+	return account.Namespace() == DefaultNamespace || slices.Contains(a.cfg.ReservedNamespaces, account.Namespace()) ||
+		a.isAgent(account) || slices.Contains(a.cfg.TrustedNodeAccounts, account)
 }
 
 // attestAgent verifies an agent's own token. Verified ones are remembered; times,
@@ -301,6 +313,11 @@ func (a *Attestor) impersonate(ctx context.Context, caller *claims, asked string
 	w, err := identity.FromID(id)
 	if err != nil || w.TrustDomain() != a.cfg.TrustDomain {
 		return Attested{}, denied("impersonation", "%s asked for %q, which is no workload of %q", caller.account, clip(asked), a.cfg.TrustDomain.Name())
+	}
+	if a.reserved(w.Account()) {
+		// With an agent's certificate he could acknowledge for it, with the server's be
+		// the server.
+		return Attested{}, denied("impersonation-reserved", "%s asked for %s, which is the mesh's own and never impersonated", caller.account, w.Account())
 	}
 	pods, err := a.cfg.Pods.OnNode(ctx, caller.node, w.Account())
 	if err != nil {

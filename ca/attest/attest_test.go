@@ -152,6 +152,45 @@ func TestAttested(t *testing.T) {
 	}
 }
 
+// TestReservedIdentities: who may impersonate the pods of its node gets none of the
+// mesh's own identities, though their pods run there.
+func TestReservedIdentities(t *testing.T) {
+	pod := func(namespace, name string) jwstest.Pod {
+		return jwstest.Pod{Namespace: namespace, Account: name, AccountUID: "sa-" + name, Name: name, UID: "pod-" + name, Node: "node-a", NodeUID: "n"}
+	}
+	ztunnel, other := pod("mesh", "ztunnel"), pod("elsewhere", "node-proxy")
+	s := newScene(t, func(c *attest.Config) {
+		c.AgentAccounts = append(c.AgentAccounts, account(t, "infra/agent"))
+		c.TrustedNodeAccounts = []identity.Account{account(t, "mesh/ztunnel"), account(t, "elsewhere/node-proxy")}
+		c.ReservedNamespaces = []string{"root"}
+	})
+	s.pods(orders(), agentPod(), ztunnel, other, pod("castellan-system", "castellan-server"), pod("infra", "agent"), pod("infra", "grafana"), pod("root", "anything"))
+	for asked, allowed := range map[string]bool{
+		"shop/sa/orders":                       true,
+		"infra/sa/grafana":                     true, // the namespace of an agent is not reserved by that
+		"castellan-system/sa/castellan-agent":  false,
+		"castellan-system/sa/castellan-server": false,
+		"infra/sa/agent":                       false,
+		"root/sa/anything":                     false,
+		"mesh/sa/ztunnel":                      false,
+		"elsewhere/sa/node-proxy":              false,
+	} {
+		t.Run("trust-02 impersonating "+asked, func(t *testing.T) {
+			got, err := s.Attest(t.Context(), attest.Credentials{
+				WorkloadToken: s.issuer.PodToken(t, s.now, ztunnel, "castellan.dev"),
+				Impersonate:   "spiffe://cluster.local/ns/" + asked,
+			})
+			if !allowed {
+				check(t, err, attest.Denied, "never impersonated")
+				return
+			}
+			if err != nil || got.Attestor != attest.ByImpersonation {
+				t.Fatalf("%+v, %v", got, err)
+			}
+		})
+	}
+}
+
 // TestRotatingKeys: an unknown kid fetches the keys anew, and a withdrawn key
 // ends what was verified with it, remembered agents included.
 func TestRotatingKeys(t *testing.T) {

@@ -36,14 +36,22 @@ type Admin struct {
 	authority Authority
 	ledger    ledger.Reader
 	log       *slog.Logger
+	problems  []Problem
 }
 
-// NewAdmin returns the operator's service.
-func NewAdmin(authority Authority, l ledger.Reader, log *slog.Logger) *Admin {
+// Problem is something that may be wrong while the server goes on.
+type Problem struct {
+	Name string
+	// Check returns what is wrong, for the operator to read; nil when nothing is.
+	Check func() error
+}
+
+// NewAdmin returns the operator's service, whose Status asks for problems.
+func NewAdmin(authority Authority, l ledger.Reader, log *slog.Logger, problems ...Problem) *Admin {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Admin{authority: authority, ledger: l, log: log}
+	return &Admin{authority: authority, ledger: l, log: log, problems: problems}
 }
 
 // Register adds the service to r.
@@ -68,6 +76,11 @@ func (a *Admin) Status(ctx context.Context, _ *castellanv1.AuthorityStatusReques
 	}
 	for _, c := range a.authority.Certificates() {
 		st.Certificates = append(st.Certificates, &castellanv1.AuthorityCertificate{Role: string(c.Role), Der: c.Cert.Raw})
+	}
+	for _, p := range a.problems {
+		if err := p.Check(); err != nil {
+			st.Problems = append(st.Problems, p.Name+": "+err.Error())
+		}
 	}
 	return st, nil
 }

@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"castellan.dev/internal/telemetry"
 )
 
@@ -18,6 +20,20 @@ func (p *program) openAdmin(context.Context) error {
 	admin.AddCheck("authority", p.authority.Ready)
 	admin.AddCheck("discovery", p.discovery.Ready)
 	admin.AddCheck("tokenIssuers", p.issuersReady)
+	// Its last good version is in force: taking the server away would do more harm.
+	admin.AddNotice("workloadsFile", p.workloads.Err)
+	refused := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "castellan_workloads_file_refused",
+		Help: "1 while the workloads file as it is now is refused and its last good version is in force.",
+	}, func() float64 {
+		if p.workloads.Err() != nil {
+			return 1
+		}
+		return 0
+	})
+	if err := p.registry.Register(refused); err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
 	admin.Handle("GET /keys", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		w.Header().Set("Cache-Control", "max-age=60")

@@ -184,6 +184,7 @@ func (p *program) openAttestation(context.Context) (err error) {
 		AgentAccounts:       p.agents,
 		DirectCallers:       direct,
 		TrustedNodeAccounts: nodes,
+		ReservedNamespaces:  []string{p.cfg.Mesh.RootNamespace},
 		Log:                 p.log,
 	})
 	if err != nil {

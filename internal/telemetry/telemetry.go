@@ -48,14 +48,15 @@ type Admin struct {
 	server   *http.Server
 	log      *slog.Logger
 
-	mu     sync.Mutex
-	checks map[string]func() error
-	mux    *http.ServeMux
+	mu      sync.Mutex
+	checks  map[string]func() error
+	notices map[string]func() error
+	mux     *http.ServeMux
 }
 
 // NewAdmin returns an Admin on listener; nothing is served before Run.
 func NewAdmin(listener net.Listener, gatherer prometheus.Gatherer, log *slog.Logger) *Admin {
-	a := &Admin{listener: listener, log: log, checks: map[string]func() error{}, mux: http.NewServeMux()}
+	a := &Admin{listener: listener, log: log, checks: map[string]func() error{}, notices: map[string]func() error{}, mux: http.NewServeMux()}
 	a.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	a.mux.HandleFunc("GET /readyz", a.readyz)
 	a.mux.Handle("GET /metrics", promhttp.HandlerFor(gatherer, promhttp.HandlerOpts{}))
@@ -79,6 +80,14 @@ func (a *Admin) AddCheck(name string, check func() error) {
 	a.checks[name] = check
 }
 
+// AddNotice adds something that is shown with ?verbose and takes no readiness away:
+// a fault that the process goes on serving with, where ending it would do harm.
+func (a *Admin) AddNotice(name string, check func() error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.notices[name] = check
+}
+
 // Handle adds a handler, for what else a binary publishes over plain HTTP. Call it before Run.
 func (a *Admin) Handle(pattern string, h http.Handler) { a.mux.Handle(pattern, h) }
 
@@ -94,7 +103,7 @@ func (a *Admin) Run(ctx context.Context) error {
 
 func (a *Admin) readyz(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
-	checks := maps.Clone(a.checks)
+	checks, notices := maps.Clone(a.checks), maps.Clone(a.notices)
 	a.mu.Unlock()
 	var body strings.Builder
 	ready := true
@@ -102,6 +111,13 @@ func (a *Admin) readyz(w http.ResponseWriter, r *http.Request) {
 		if err := checks[name](); err != nil {
 			ready = false
 			fmt.Fprintf(&body, "[-] %s: %v\n", name, err)
+		} else {
+			fmt.Fprintf(&body, "[+] %s ok\n", name)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(notices)) {
+		if err := notices[name](); err != nil {
+			fmt.Fprintf(&body, "[!] %s: %v\n", name, err)
 		} else {
 			fmt.Fprintf(&body, "[+] %s ok\n", name)
 		}

@@ -133,6 +133,21 @@ func TestReadyz(t *testing.T) {
 	}
 }
 
+// TestNotices: a notice is shown and takes no readiness away.
+func TestNotices(t *testing.T) {
+	url := admin(t, prometheus.NewRegistry(), slog.New(slog.DiscardHandler), func(a *telemetry.Admin) {
+		a.AddCheck("policy", func() error { return nil })
+		a.AddNotice("file", func() error { return errors.New("junk") })
+		a.AddNotice("other", func() error { return nil })
+	})
+	if code, body := get(t, url+"/readyz"); code != 200 || body != "ok\n" {
+		t.Errorf("%d %q", code, body)
+	}
+	if code, body := get(t, url+"/readyz?verbose"); code != 200 || body != "[+] policy ok\n[!] file: junk\n[+] other ok\n" {
+		t.Errorf("%d %q", code, body)
+	}
+}
+
 func TestMetricsAndHandlers(t *testing.T) {
 	registry := telemetry.NewRegistry()
 	url := admin(t, registry, discard(), func(a *telemetry.Admin) {

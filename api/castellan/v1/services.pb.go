@@ -491,8 +491,10 @@ type AuthorityStatus struct {
 	BundleSequence uint64                  `protobuf:"varint,4,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	JwtKeyIds      []string                `protobuf:"bytes,5,rep,name=jwt_key_ids,json=jwtKeyIds,proto3" json:"jwt_key_ids,omitempty"`
 	LeafTtlSeconds int64                   `protobuf:"varint,6,opt,name=leaf_ttl_seconds,json=leafTtlSeconds,proto3" json:"leaf_ttl_seconds,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What the server goes on in spite of, each with its cause; empty when all is well.
+	Problems      []string `protobuf:"bytes,7,rep,name=problems,proto3" json:"problems,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AuthorityStatus) Reset() {
@@ -565,6 +567,13 @@ func (x *AuthorityStatus) GetLeafTtlSeconds() int64 {
 		return x.LeafTtlSeconds
 	}
 	return 0
+}
+
+func (x *AuthorityStatus) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
 }
 
 type AuthorityCertificate struct {
@@ -1260,7 +1269,7 @@ const file_castellan_v1_services_proto_rawDesc = "" +
 	"\x06nacked\x18\x04 \x01(\tR\x06nacked\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\"\x10\n" +
 	"\x0eReportResponse\"\x18\n" +
-	"\x16AuthorityStatusRequest\"\x90\x02\n" +
+	"\x16AuthorityStatusRequest\"\xac\x02\n" +
 	"\x0fAuthorityStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12F\n" +
 	"\fcertificates\x18\x02 \x03(\v2\".castellan.v1.AuthorityCertificateR\fcertificates\x12\x1f\n" +
@@ -1268,7 +1277,8 @@ const file_castellan_v1_services_proto_rawDesc = "" +
 	"ledgerRows\x12'\n" +
 	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x1e\n" +
 	"\vjwt_key_ids\x18\x05 \x03(\tR\tjwtKeyIds\x12(\n" +
-	"\x10leaf_ttl_seconds\x18\x06 \x01(\x03R\x0eleafTtlSeconds\"<\n" +
+	"\x10leaf_ttl_seconds\x18\x06 \x01(\x03R\x0eleafTtlSeconds\x12\x1a\n" +
+	"\bproblems\x18\a \x03(\tR\bproblems\"<\n" +
 	"\x14AuthorityCertificate\x12\x12\n" +
 	"\x04role\x18\x01 \x01(\tR\x04role\x12\x10\n" +
 	"\x03der\x18\x02 \x01(\fR\x03der\"\xde\x01\n" +
