@@ -504,3 +504,15 @@ spec:
 `
 
 func newRegistry() *prometheus.Registry { return prometheus.NewRegistry() }
+
+// newStreamApp serves HTTP/1.1 and, by prior knowledge, HTTP/2.
+func newStreamApp(t testing.TB, h http.HandlerFunc) string {
+	t.Helper()
+	s := httptest.NewUnstartedServer(h)
+	s.Config.Protocols = new(http.Protocols)
+	s.Config.Protocols.SetHTTP1(true)
+	s.Config.Protocols.SetUnencryptedHTTP2(true)
+	s.Start()
+	t.Cleanup(func() { s.CloseClientConnections(); s.Close() })
+	return s.Listener.Addr().String()
+}
