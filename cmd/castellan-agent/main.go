@@ -13,13 +13,17 @@ import (
 
 	"castellan.dev/agent"
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
 )
 
 func main() {
 	ctx, stop := run.WithSignals(context.Background())
-	err := start(ctx, os.Args[1:], os.Stderr)
+	err := harden.Process()
+	if err == nil {
+		err = start(ctx, os.Args[1:], os.Stderr)
+	}
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "castellan-agent:", err)
@@ -40,10 +44,6 @@ func start(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	var cfg config.Agent
 	if err := config.Load(*file, &cfg); err != nil {
-		return err
-	}
-	// Before the first key is made.
-	if err := harden(); err != nil {
 		return err
 	}
 	return serve(ctx, cfg, stderr)

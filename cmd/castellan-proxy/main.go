@@ -13,6 +13,7 @@ import (
 	"os"
 
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
 	"castellan.dev/proxy"
@@ -21,7 +22,10 @@ import (
 
 func main() {
 	ctx, stop := run.WithSignals(context.Background())
-	err := serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	err := harden.Process()
+	if err == nil {
+		err = serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	}
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "castellan-proxy:", err)

@@ -11,12 +11,16 @@ import (
 	"os"
 
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 )
 
 func main() {
 	ctx, stop := run.WithSignals(context.Background())
-	err := start(ctx, os.Args[1:], os.Stderr)
+	err := harden.Process()
+	if err == nil {
+		err = start(ctx, os.Args[1:], os.Stderr)
+	}
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "castellan-server:", err)
