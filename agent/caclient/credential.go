@@ -70,6 +70,26 @@ func (f CredentialFile) Read() (Credential, error) {
 	return c, nil
 }
 
+// Stamp tells one version of a file from the next without reading it.
+type Stamp struct{ at fileStamp }
+
+// Stamp returns the file's stamp as it is now.
+func (f CredentialFile) Stamp() Stamp {
+	info, err := os.Stat(string(f))
+	if err != nil {
+		return Stamp{} // none: Read says why
+	}
+	return Stamp{fileStamp{modified: info.ModTime(), size: info.Size(), inode: info}}
+}
+
+// Same reports whether both are of one version; two of no file are.
+func (s Stamp) Same(o Stamp) bool {
+	if s.at.inode == nil || o.at.inode == nil {
+		return s.at.inode == nil && o.at.inode == nil
+	}
+	return s.at.same(o.at)
+}
+
 // readBounded reads a regular file of at most limit bytes. A pipe or a device in
 // its place is refused instead of waited for.
 func readBounded(path string, limit int64) ([]byte, error) {

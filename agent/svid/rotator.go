@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -69,6 +68,7 @@ type entry struct {
 	inFlight bool
 	workload identity.Workload
 	podUID   string
+	token    caclient.Stamp // of the file, as it was last read
 }
 
 // NewRotator returns a Rotator that does nothing before Run.
@@ -154,6 +154,7 @@ func (r *Rotator) Renew(s *Source) {
 func (r *Rotator) Run(ctx context.Context) error {
 	var calls sync.WaitGroup
 	defer calls.Wait()
+	calls.Go(func() { r.watchTokens(ctx) })
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -288,33 +289,6 @@ func (r *Rotator) attempt(ctx context.Context, e *entry) (*SVID, *caclient.Answe
 		return nil, nil, err
 	}
 	return newSVID(answer, key), answer, nil
-}
-
-// identify reads the token and who it is of. The token must name the configured
-// account: a mixed-up file would otherwise serve one workload as another.
-func (r *Rotator) identify(e *entry) (caclient.Credential, identity.Workload, error) {
-	credential, err := e.identity.Token.Read()
-	if err != nil {
-		return credential, identity.Workload{}, err
-	}
-	claims, err := credential.Claims()
-	if err != nil {
-		return credential, identity.Workload{}, fmt.Errorf("token file %q: %w", string(e.identity.Token), err)
-	}
-	if want := e.identity.Account; !want.IsZero() && claims.Account != want {
-		return credential, identity.Workload{}, fmt.Errorf("token file %q is of %q, the configuration says %q", string(e.identity.Token), claims.Account, want)
-	}
-	workload, err := identity.New(r.cfg.TrustDomain, claims.Account)
-	if err != nil {
-		return credential, identity.Workload{}, err
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if e.workload != workload || e.podUID != claims.PodUID {
-		e.workload, e.podUID = workload, claims.PodUID
-		r.publish(e)
-	}
-	return credential, workload, nil
 }
 
 // failed keeps what is valid and plans the next attempt.
