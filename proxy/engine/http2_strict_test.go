@@ -3,10 +3,13 @@ package engine_test
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptrace"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"castellan.dev/proxy/engine"
 	"golang.org/x/net/http2"
@@ -173,6 +176,54 @@ func TestHTTP2Budgets(t *testing.T) {
 		}()
 		if got := f.answer(1 << 30); got != "goaway" && got != "closed" {
 			t.Errorf("got %s", got)
+		}
+	})
+	t.Run("dos: streams opened to be reset, no more than are allowed at once", func(t *testing.T) {
+		now := time.Now()
+		still := func() time.Time { return now } // all within a second
+		s := &session{addr: addr}
+		f := frames(t, start(t, engine.Config{MaxStreams: 10, Now: still}, s, true).addr)
+		f.answerSettings()
+		id := uint32(1)
+		for ; id < 2*20; id += 2 {
+			f.request(id, true, ":method", "GET", ":scheme", "http", ":authority", "h", ":path", "/")
+			if err := f.WriteRSTStream(id, http2.ErrCodeCancel); err != nil {
+				t.Fatal(err)
+			}
+			s.outcomes(t, int(id+1)/2) // so that the library has no reason of its own
+		}
+		_ = f.c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		for {
+			fr, err := f.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if away, ok := fr.(*http2.GoAwayFrame); ok {
+				if away.ErrCode != http2.ErrCodeNo {
+					t.Fatalf("got %s", away.ErrCode)
+				}
+				return
+			}
+		}
+	})
+	t.Run("streams that end whole do not count", func(t *testing.T) {
+		now := time.Now()
+		s := &session{addr: app(t, echo)}
+		f := start(t, engine.Config{MaxStreams: 10, Now: func() time.Time { return now }}, s, true)
+		c := h2client(t)
+		for i := range 60 {
+			ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(g httptrace.GotConnInfo) {
+				if !g.Reused && i > 0 {
+					t.Errorf("request %d needed a new connection", i)
+				}
+			}})
+			req, _ := http.NewRequestWithContext(ctx, "GET", "http://"+f.addr+"/", nil)
+			res, err := c.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.Copy(io.Discard, res.Body)
+			res.Body.Close()
 		}
 	})
 	t.Run("dos: endless CONTINUATION (CVE-2023-45288)", func(t *testing.T) {
