@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
 	"flag"
 	"fmt"
 	"log"
@@ -16,8 +15,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
@@ -27,7 +24,76 @@ type peer struct {
 	name string
 	addr string
 	pid  int
-	stop func()
+	// header is further lines of every request to it.
+	header string
+	// tcp says that it does not read HTTP.
+	tcp bool
+	// accessLog is emptied before each run; the disk is not under test.
+	accessLog string
+}
+
+const (
+	ours      = "castellan-proxy, 20 rules"
+	envoyName = "envoy, 20 rules"
+	nginxName = "nginx, no policy"
+)
+
+// program is a peer that can be started.
+type program struct {
+	name string
+	tcp  bool
+	h2   bool
+	// conf returns the text of the configuration for a listening address.
+	conf func(f *field, addr string) string
+	run  func(f *field, conf, addr string) (string, []string)
+}
+
+func runEnvoy(f *field, conf, _ string) (string, []string) {
+	return f.opt.envoy, []string{"-c", conf, "--concurrency", "1", "--disable-hot-restart", "-l", "error"}
+}
+
+func runHaproxy(_ *field, conf, _ string) (string, []string) {
+	return "/usr/sbin/haproxy", []string{"-db", "-f", conf}
+}
+
+func runNginx(f *field, conf, _ string) (string, []string) {
+	return "/usr/sbin/nginx", []string{"-c", conf, "-p", f.dir}
+}
+
+func runGo(f *field, _, addr string) (string, []string) {
+	self, err := os.Executable()
+	if err != nil {
+		self = os.Args[0]
+	}
+	return self, []string{"reverseproxy", "-listen", addr, "-app", f.backend, "-chain", f.mat.chain, "-key", f.mat.key, "-roots", f.mat.roots}
+}
+
+// The programs Castellan is compared with.
+func envoyRules() program {
+	return program{name: envoyName, conf: envoyConfig(envoyHTTP("HTTP1", benchRules), "http/1.1"), run: runEnvoy}
+}
+
+func nginx() program { return program{name: nginxName, conf: nginxConfig, run: runNginx} }
+
+func httpPeers() []program {
+	return []program{
+		envoyRules(),
+		{name: "envoy, no policy", conf: envoyConfig(envoyHTTP("HTTP1", 0), "http/1.1"), run: runEnvoy},
+		nginx(),
+		{name: "haproxy, no policy", conf: haproxyConfig("http"), run: runHaproxy},
+		{name: "go ReverseProxy, no policy", conf: func(*field, string) string { return "" }, run: runGo},
+	}
+}
+
+func http2Peer() program {
+	return program{name: "envoy, HTTP/2, 20 rules", h2: true, conf: envoyConfig(envoyHTTP("HTTP2", benchRules), "h2"), run: runEnvoy}
+}
+
+func tcpPeers() []program {
+	return []program{
+		{name: "envoy, TCP", tcp: true, conf: envoyConfig(envoyTCP, ""), run: runEnvoy},
+		{name: "haproxy, TCP", tcp: true, conf: haproxyConfig("tcp"), run: runHaproxy},
+	}
 }
 
 // material is one workload's certificate, as files and loaded.
@@ -77,92 +143,47 @@ func fetchMaterial(ctx context.Context, socket, dir string) (*material, error) {
 	return m, nil
 }
 
-func freeAddr() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
-}
-
-// startPeers starts the programs Castellan is compared with, on the tested CPU,
-// each in front of the same application and with the same certificate. One that
-// is not installed is an error: a table without it would say less than it seems.
-func startPeers(ctx context.Context, opt options, dir, app string, m *material) ([]peer, error) {
+// start starts programs on the tested CPU, each in front of the same backend and
+// with the same certificate. One that is not installed is an error: a table
+// without it would say less than it seems.
+func (f *field) start(ctx context.Context, programs ...program) ([]peer, error) {
 	var peers []peer
-	fail := func(err error) ([]peer, error) {
-		for _, p := range peers {
-			p.stop()
-		}
-		return nil, err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	for _, p := range []struct {
-		name string
-		conf func(addr string) string
-		run  func(conf, addr string) (string, []string)
-	}{
-		{"envoy, 20 rules", func(a string) string { return envoyConfig(a, app, m, 20) }, func(conf, _ string) (string, []string) {
-			return opt.envoy, []string{"-c", conf, "--concurrency", "1", "--disable-hot-restart", "-l", "error", "--base-id", "7"}
-		}},
-		{"envoy, no policy", func(a string) string { return envoyConfig(a, app, m, 0) }, func(conf, _ string) (string, []string) {
-			return opt.envoy, []string{"-c", conf, "--concurrency", "1", "--disable-hot-restart", "-l", "error", "--base-id", "8"}
-		}},
-		{"nginx, no policy", func(a string) string { return nginxConfig(dir, a, app, m) }, func(conf, _ string) (string, []string) {
-			return "/usr/sbin/nginx", []string{"-c", conf, "-p", dir}
-		}},
-		{"haproxy, no policy", func(a string) string { return haproxyConfig(a, app, m) }, func(conf, _ string) (string, []string) {
-			return "/usr/sbin/haproxy", []string{"-db", "-f", conf}
-		}},
-		{"go ReverseProxy, no policy", func(string) string { return "" }, func(_, a string) (string, []string) {
-			return self, []string{"reverseproxy", "-listen", a, "-app", app, "-chain", m.chain, "-key", m.key, "-roots", m.roots}
-		}},
-	} {
+	for _, g := range programs {
 		addr, err := freeAddr()
 		if err != nil {
-			return fail(err)
+			return nil, err
 		}
-		conf := filepath.Join(dir, strings.NewReplacer(" ", "-", ",", "").Replace(p.name)+".conf")
-		if err := os.WriteFile(conf, []byte(p.conf(addr)), 0o600); err != nil {
-			return fail(err)
+		conf := filepath.Join(f.dir, strings.NewReplacer(" ", "-", ",", "", "/", "").Replace(g.name)+".yaml") // Envoy is told by the ending what it reads
+		if err := os.WriteFile(conf, []byte(g.conf(f, addr)), 0o600); err != nil {
+			return nil, err
 		}
-		path, args := p.run(conf, addr)
-		if strings.HasPrefix(p.name, "envoy") { // told by its ending what it reads
-			if err := os.Rename(conf, conf+".yaml"); err != nil {
-				return fail(err)
-			}
-			args[1] = conf + ".yaml"
-		}
-		pid, stop, err := start(testCPU, []string{"GOMAXPROCS=1"}, path, args...)
+		path, args := g.run(f, conf, addr)
+		pid, stop, err := start(testCPU, path, args...)
 		if err != nil {
-			return fail(fmt.Errorf("%s: %w (run `make tools`)", p.name, err))
+			return nil, fmt.Errorf("%s: %w (run `make tools`)", g.name, err)
 		}
-		peers = append(peers, peer{name: p.name, addr: addr, pid: pid, stop: stop})
-		l := load{addr: addr, tls: clientTLS(m.cert, m.pool), path: "/r19/x", conns: 1}
-		if err := waitListen(ctx, func() error {
-			if out := l.run(ctx, 50*time.Millisecond); out.requests == 0 {
-				return errors.Join(out.firstErr, errors.New("no answer"))
-			}
-			return nil
-		}); err != nil {
-			return fail(fmt.Errorf("%s: %w", p.name, err))
+		f.stops = append(f.stops, stop)
+		p := peer{name: g.name, addr: addr, pid: pid, tcp: g.tcp}
+		l := f.load(p, 1024, 1)
+		if g.h2 {
+			l = f.load2(p)
 		}
+		if err := f.ready(ctx, p.name, l); err != nil {
+			return nil, err
+		}
+		peers = append(peers, p)
 	}
 	return peers, nil
 }
 
-// master: nginx and haproxy run one process with these settings.
-func nginxConfig(dir, addr, app string, m *material) string {
+// nginxConfig runs one process.
+func nginxConfig(f *field, addr string) string {
 	return fmt.Sprintf(`daemon off; master_process off; worker_processes 1; pid %[1]s/nginx.pid; error_log stderr error;
 events { worker_connections 8192; }
 http {
   access_log off; client_body_temp_path %[1]s/b; proxy_temp_path %[1]s/p; fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
   keepalive_requests 100000000; keepalive_timeout 1h;
-  upstream app { server %[3]s; keepalive 128; keepalive_requests 100000000; }
+  upstream app { server %[3]s; keepalive 512; keepalive_requests 100000000; }
   server {
     listen %[2]s ssl reuseport;
     ssl_certificate %[4]s; ssl_certificate_key %[5]s; ssl_client_certificate %[6]s; ssl_verify_client on; ssl_verify_depth 3;
@@ -170,27 +191,31 @@ http {
     location / { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }
   }
 }
-`, dir, addr, app, m.chain, m.key, m.roots)
+`, f.dir, addr, f.backend, f.mat.chain, f.mat.key, f.mat.roots)
 }
 
-func haproxyConfig(addr, app string, m *material) string {
-	return fmt.Sprintf(`global
+func haproxyConfig(mode string) func(*field, string) string {
+	http := ""
+	if mode == "http" {
+		http = "  option http-keep-alive\n  http-reuse always\n"
+	}
+	return func(f *field, addr string) string {
+		return fmt.Sprintf(`global
   nbthread 1
   maxconn 4000
   tune.ssl.cachesize 0
 defaults
-  mode http
+  mode %s
   timeout connect 5s
   timeout client 1h
   timeout server 1h
-  option http-keep-alive
-  http-reuse always
-frontend f
+%sfrontend f
   bind %s ssl crt %s ca-file %s verify required ssl-min-ver TLSv1.3 curves X25519 ciphersuites TLS_AES_128_GCM_SHA256 no-tls-tickets
   default_backend b
 backend b
   server s %s
-`, addr, m.both, m.roots, app)
+`, mode, http, addr, f.mat.both, f.mat.roots, f.backend)
+	}
 }
 
 // rbacRules are the rules every policy of the comparison holds, as Envoy's RBAC
@@ -198,27 +223,40 @@ backend b
 func rbacRules(n int) string {
 	rules := make([]string, n)
 	for i := range rules {
-		rules[i] = fmt.Sprintf(`r%02d: {permissions: [{and_rules: {rules: [{header: {name: ":method", string_match: {exact: GET}}}, {url_path: {path: {prefix: "/r%d/"}}}]}}], principals: [{authenticated: {principal_name: {exact: "spiffe://cluster.local/ns/shop/sa/%s"}}}]}`, i, i, ruleCaller(i, n))
+		rules[i] = fmt.Sprintf(`r%02d: {permissions: [{and_rules: {rules: [{header: {name: ":method", string_match: {exact: GET}}}, {url_path: {path: {prefix: "/r%d/"}}}]}}], principals: [{authenticated: {principal_name: {exact: "spiffe://cluster.local/ns/shop/sa/%s"}}}]}`, i, i, ruleCaller(i))
 	}
 	return strings.Join(rules, ", ")
 }
 
-// ruleCaller names the caller of a rule: the loader's own in the last.
-func ruleCaller(i, n int) string {
-	if i == n-1 {
-		return "frontend"
-	}
-	return fmt.Sprintf("caller-%d", i)
-}
+// envoyTCP is the filter that passes bytes on.
+const envoyTCP = `      - {name: tcp, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: in, cluster: app}}
+`
 
-func envoyConfig(addr, app string, m *material, rules int) string {
-	host, port, _ := net.SplitHostPort(addr)
-	appHost, appPort, _ := net.SplitHostPort(app)
+// envoyHTTP is the filter that reads HTTP, with so many rules.
+func envoyHTTP(codec string, rules int) string {
 	rbac := ""
 	if rules > 0 {
 		rbac = `          - {name: envoy.filters.http.rbac, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC, rules: {action: ALLOW, policies: {` + rbacRules(rules) + "}}}}\n"
 	}
-	return fmt.Sprintf(`static_resources:
+	return fmt.Sprintf(`      - name: hcm
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: in
+          codec_type: %s
+          forward_client_cert_details: SANITIZE_SET
+          set_current_client_cert_details: {uri: true}
+          route_config: {virtual_hosts: [{name: all, domains: ["*"], routes: [{match: {prefix: "/"}, route: {cluster: app}}]}]}
+          http_filters:
+%s          - {name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+`, codec, rbac)
+}
+
+// envoyConfig is a listener with mutual TLS, a filter and the backend.
+func envoyConfig(filter, alpn string) func(*field, string) string {
+	return func(f *field, addr string) string {
+		host, port, _ := net.SplitHostPort(addr)
+		appHost, appPort, _ := net.SplitHostPort(f.backend)
+		return fmt.Sprintf(`static_resources:
   listeners:
   - name: in
     address: {socket_address: {address: %s, port_value: %s}}
@@ -232,25 +270,17 @@ func envoyConfig(addr, app string, m *material, rules int) string {
           disable_stateful_session_resumption: true
           common_tls_context:
             tls_params: {tls_minimum_protocol_version: TLSv1_3, ecdh_curves: [X25519]}
-            alpn_protocols: [http/1.1]
+            alpn_protocols: [%s]
             tls_certificates: [{certificate_chain: {filename: %s}, private_key: {filename: %s}}]
             validation_context: {trusted_ca: {filename: %s}}
       filters:
-      - name: hcm
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: in
-          codec_type: HTTP1
-          forward_client_cert_details: SANITIZE_SET
-          set_current_client_cert_details: {uri: true}
-          route_config: {virtual_hosts: [{name: all, domains: ["*"], routes: [{match: {prefix: "/"}, route: {cluster: app}}]}]}
-          http_filters:
-%s          - {name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-  clusters:
+%s  clusters:
   - name: app
     type: STATIC
+    circuit_breakers: {thresholds: [{max_connections: 20000, max_pending_requests: 20000, max_requests: 20000}]}
     load_assignment: {cluster_name: app, endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: %s, port_value: %s}}}}]}]}
-`, host, port, m.chain, m.key, m.roots, rbac, appHost, appPort)
+`, host, port, alpn, f.mat.chain, f.mat.key, f.mat.roots, filter, appHost, appPort)
+	}
 }
 
 // runReverseProxy is what net/http and httputil.ReverseProxy cost, without policy.
@@ -277,7 +307,7 @@ func runReverseProxy(args []string) error {
 	target := &url.URL{Scheme: "http", Host: *app}
 	proxy := &httputil.ReverseProxy{
 		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(target) },
-		Transport: &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true},
+		Transport: &http.Transport{MaxIdleConnsPerHost: 512, DisableCompression: true},
 		ErrorLog:  log.New(os.Stderr, "", 0),
 	}
 	server := &http.Server{Addr: *listen, Handler: proxy, TLSConfig: &tls.Config{
@@ -285,14 +315,4 @@ func runReverseProxy(args []string) error {
 		MinVersion: tls.VersionTLS13, CurvePreferences: []tls.CurveID{tls.X25519}, SessionTicketsDisabled: true, NextProtos: []string{"http/1.1"},
 	}}
 	return server.ListenAndServeTLS("", "")
-}
-
-// raiseFiles lets this process hold the connections of the memory cells.
-func raiseFiles() error {
-	var r syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
-		return err
-	}
-	r.Cur = r.Max
-	return syscall.Setrlimit(syscall.RLIMIT_NOFILE, &r)
 }

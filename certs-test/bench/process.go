@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"sigs.k8s.io/yaml"
 
 	"castellan.dev/internal/up"
 )
@@ -42,21 +42,18 @@ func pin(pid, cpu int) error {
 	return nil
 }
 
-// cpuTime returns the user and system time a process has used, its ended threads included.
+// cpuTime returns the user and system time a process has used, its ended threads
+// included: the clock of the process, which counts finer than /proc's ticks.
 func cpuTime(pid int) (time.Duration, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
+	const schedClock = 2 // CPUCLOCK_SCHED
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|schedClock), &t); err != nil {
+		return 0, fmt.Errorf("CPU time of process %d: %w", pid, err)
 	}
-	// The command's name may hold spaces; fields count from behind its closing bracket.
-	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	user, _ := strconv.ParseInt(fields[11], 10, 64)
-	system, _ := strconv.ParseInt(fields[12], 10, 64)
-	const tick = 10 * time.Millisecond // USER_HZ is 100 on Linux
-	return time.Duration(user+system) * tick, nil
+	return time.Duration(t.Nano()), nil
 }
 
-// rss returns a process's resident memory in MB.
+// rss returns a process's resident memory in MB (10^6 bytes).
 func rss(pid int) (float64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -65,26 +62,22 @@ func rss(pid int) (float64, error) {
 	for line := range strings.SplitSeq(string(data), "\n") {
 		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
 			kb, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
-			return kb / 1024, err
+			return kb * 1024 / 1e6, err
 		}
 	}
 	return 0, errors.New("no VmRSS")
 }
 
 // start runs a program on one CPU and ends it, by its id, when stop is called.
-func start(cpu int, env []string, path string, args ...string) (pid int, stop func(), err error) {
+// Should this program die without doing so, the kernel asks it to end.
+func start(cpu int, path string, args ...string) (pid int, stop func(), err error) {
 	cmd := exec.Command(path, args...)
-	cmd.Env = append(os.Environ(), env...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	var out bytes.Buffer
-	cmd.Stderr = &out
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	if err := cmd.Start(); err != nil {
 		return 0, nil, err
 	}
-	if err := pin(cmd.Process.Pid, cpu); err != nil {
-		return 0, nil, err
-	}
-	return cmd.Process.Pid, func() {
+	stop = func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		done := make(chan struct{})
 		go func() { _ = cmd.Wait(); close(done) }()
@@ -94,7 +87,12 @@ func start(cpu int, env []string, path string, args ...string) (pid int, stop fu
 			_ = cmd.Process.Kill()
 			<-done
 		}
-	}, nil
+	}
+	if err := pin(cmd.Process.Pid, cpu); err != nil {
+		stop()
+		return 0, nil, err
+	}
+	return cmd.Process.Pid, stop, nil
 }
 
 // mesh is a running `castellan up`.
@@ -114,21 +112,20 @@ func startMesh(ctx context.Context, opt options, policies map[string]string, fla
 	if policies != nil {
 		pdir := filepath.Join(dir, "bench-policy")
 		if err := os.Mkdir(pdir, 0o755); err != nil {
+			os.RemoveAll(dir)
 			return nil, err
 		}
 		for name, text := range policies {
 			if err := os.WriteFile(filepath.Join(pdir, name), []byte(text), 0o644); err != nil {
+				os.RemoveAll(dir)
 				return nil, err
 			}
 		}
 		args = append(args, "--policy-dir", pdir)
 	}
-	bin, err := filepath.Abs(opt.bin)
+	_, stop, err := start(loadCPU, filepath.Join(opt.bin, "castellan"), args...)
 	if err != nil {
-		return nil, err
-	}
-	_, stop, err := start(loadCPU, []string{"GOMAXPROCS=1"}, filepath.Join(bin, "castellan"), args...)
-	if err != nil {
+		os.RemoveAll(dir)
 		return nil, err
 	}
 	m := &mesh{dir: dir, stop: func() { stop(); os.RemoveAll(dir) }}
@@ -150,7 +147,7 @@ func startMesh(ctx context.Context, opt options, policies map[string]string, fla
 	}
 }
 
-// waitHTTP polls until something listens and answers.
+// waitListen polls until the probe succeeds.
 func waitListen(ctx context.Context, probe func() error) error {
 	deadline := time.Now().Add(20 * time.Second)
 	for {
@@ -175,4 +172,27 @@ func getOK(url string) error {
 		return fmt.Errorf("%s: %s", url, resp.Status)
 	}
 	return nil
+}
+
+// editWorkloads changes the file in which a mesh declares pods and services.
+func editWorkloads(m *mesh, change func(pods []any) []any) error {
+	path := filepath.Join(m.dir, "workloads.yaml")
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var file map[string]any
+	if err := yaml.Unmarshal(raw, &file); err != nil {
+		return err
+	}
+	pods, _ := file["workloads"].([]any)
+	file["workloads"] = change(pods)
+	out, err := yaml.Marshal(file)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".new", out, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }

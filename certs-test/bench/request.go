@@ -2,170 +2,203 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"time"
 )
 
-// benchPolicies are 20 rules for orders, the same as Envoy gets; the one that
-// matches the loader stands last.
-func benchPolicies() map[string]string {
-	const rules = 20
-	var b strings.Builder
-	b.WriteString(`apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: bench, namespace: shop}
-spec:
-  selector: {matchLabels: {app: orders}}
-  action: ALLOW
-  rules:
-`)
-	for i := range rules {
-		fmt.Fprintf(&b, `  - from: [{source: {principals: ["cluster.local/ns/shop/sa/%s"]}}]
-    to: [{operation: {methods: ["GET"], paths: ["/r%d/*"]}}]
-`, ruleCaller(i, rules), i)
-	}
-	return map[string]string{
-		"bench.yaml": b.String(),
-		"strict.yaml": `apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: castellan-system}
-spec: {mtls: {mode: STRICT}}
-`,
-	}
-}
-
-// field is everything that answers in front of one application.
-type field struct {
-	mesh  *mesh
+// table is what one cell cost each program.
+type table struct {
 	peers []peer
-	mat   *material
-	dir   string
+	cpu   map[string][]float64 // microseconds of one operation
+	rate  map[string][]float64 // operations per second
 }
 
-func (f *field) close() {
-	for _, p := range f.peers {
-		if p.stop != nil {
-			p.stop()
-		}
-	}
-	f.mesh.stop()
-	os.RemoveAll(f.dir)
-}
-
-func newField(ctx context.Context, opt options) (*field, error) {
-	m, err := startMesh(ctx, opt, benchPolicies())
-	if err != nil {
-		return nil, err
-	}
-	dir, err := os.MkdirTemp("", "cb")
-	if err != nil {
-		m.stop()
-		return nil, err
-	}
-	f := &field{mesh: m, dir: dir}
-	orders := m.Workloads["shop/orders"]
-	if f.mat, err = fetchMaterial(ctx, m.Workloads["shop/frontend"].Socket, dir); err != nil {
-		f.close()
-		return nil, err
-	}
-	if err := pin(orders.PID, testCPU); err != nil {
-		f.close()
-		return nil, err
-	}
-	if err := pin(os.Getpid(), loadCPU); err != nil {
-		f.close()
-		return nil, err
-	}
-	f.peers = []peer{{name: "castellan-proxy, 20 rules", addr: orders.Inbound, pid: orders.PID}}
-	rest, err := startPeers(ctx, opt, dir, orders.App, f.mat)
-	if err != nil {
-		f.close()
-		return nil, err
-	}
-	f.peers = append(f.peers, rest...)
-	return f, nil
-}
-
-// compare runs one cell for every program, repeat times and interleaved there and
-// back, and returns the CPU microseconds of one operation, and the rates.
-func (f *field) compare(ctx context.Context, opt options, cell func(p peer) load) (cpu, rate map[string][]float64, err error) {
-	cpu, rate = map[string][]float64{}, map[string][]float64{}
+// compare runs one cell for every program, repeat times and interleaved there and back.
+func compare(ctx context.Context, opt options, peers []peer, cell func(p peer) load) (table, error) {
+	t := table{peers, map[string][]float64{}, map[string][]float64{}}
 	for i := range opt.repeat {
-		order := slices.Clone(f.peers)
+		order := slices.Clone(peers)
 		if i%2 == 1 {
 			slices.Reverse(order)
 		}
 		for _, p := range order {
-			l := cell(p)
-			l.run(ctx, 200*time.Millisecond)
-			before, err := cpuTime(p.pid)
+			if p.accessLog != "" {
+				if err := os.Truncate(p.accessLog, 0); err != nil {
+					return t, err
+				}
+			}
+			cost, out, err := measure(ctx, p, cell(p), opt.seconds)
 			if err != nil {
-				return nil, nil, err
+				return t, err
 			}
-			out := l.run(ctx, opt.seconds)
-			after, err := cpuTime(p.pid)
-			if err != nil {
-				return nil, nil, err
-			}
-			if out.failed > 0 || out.requests == 0 {
-				return nil, nil, fmt.Errorf("%s: %d requests failed: %w", p.name, out.failed, out.firstErr)
-			}
-			cpu[p.name] = append(cpu[p.name], float64((after-before).Microseconds())/float64(out.requests))
-			rate[p.name] = append(rate[p.name], float64(out.requests)/out.wall.Seconds())
+			t.cpu[p.name] = append(t.cpu[p.name], cost)
+			t.rate[p.name] = append(t.rate[p.name], float64(out.requests)/out.wall.Seconds())
 		}
 	}
-	return cpu, rate, nil
+	return t, nil
 }
 
-func (f *field) table(cpu, rate map[string][]float64) {
-	ours := median(cpu[f.peers[0].name])
-	fmt.Printf("  %-30s %10s %10s %10s %10s\n", "", "median µs", "min µs", "ours is", "per second")
-	for _, p := range f.peers {
-		fmt.Printf("  %-30s %10.1f %10.1f %9.2f× %10.0f\n", p.name, median(cpu[p.name]), slices.Min(cpu[p.name]), ours/median(cpu[p.name]), median(rate[p.name]))
+// measure returns the CPU microseconds that one operation of a load costs a program.
+func measure(ctx context.Context, p peer, l load, d time.Duration) (float64, outcome, error) {
+	s := l.open(ctx)
+	defer s.close()
+	s.run(ctx, d/10)
+	before, err := cpuTime(p.pid)
+	if err != nil {
+		return 0, outcome{}, err
+	}
+	out := s.run(ctx, d)
+	after, err := cpuTime(p.pid)
+	if err := errors.Join(err, ctx.Err(), out.err()); err != nil {
+		return 0, out, fmt.Errorf("%s: %w", p.name, err)
+	}
+	return float64((after - before).Nanoseconds()) / 1000 / float64(out.requests), out, nil
+}
+
+func (t table) print(opt options, title string) {
+	ours := median(t.cpu[t.peers[0].name])
+	opt.printf("  %-34s %10s %10s %10s %10s\n", title, "median µs", "min µs", "ours is", "per second")
+	for _, p := range t.peers {
+		opt.printf("  %-34s %10.1f %10.1f %9.2f× %10.0f\n", p.name, median(t.cpu[p.name]), slices.Min(t.cpu[p.name]), ours/median(t.cpu[p.name]), median(t.rate[p.name]))
 	}
 }
 
-// benchRequest: HTTP/1.1 keep-alive, 1 KB, 32 connections, mutual TLS.
+// ratio is what our first row costs against a peer.
+func (t table) ratio(name string) float64 {
+	return median(t.cpu[t.peers[0].name]) / median(t.cpu[name])
+}
+
+// slowest is the capacity of the slowest program.
+func (t table) slowest() float64 {
+	slowest := 1e12
+	for _, r := range t.rate {
+		slowest = min(slowest, median(r))
+	}
+	return slowest
+}
+
+// benchRequest: CPU per request, by protocol, size and number of connections.
 func benchRequest(ctx context.Context, opt options) error {
 	f, err := newField(ctx, opt)
 	if err != nil {
 		return err
 	}
 	defer f.close()
-	cell := func(p peer) load {
-		return load{addr: p.addr, tls: clientTLS(f.mat.cert, f.mat.pool), path: "/r19/x", conns: 32}
+	out := load{addr: f.backend, size: 1024, conns: 32}.run(ctx, opt.seconds)
+	if err := out.err(); err != nil {
+		return fmt.Errorf("null run: %w", err)
 	}
-	null := load{addr: f.mesh.Workloads["shop/orders"].App, path: "/r19/x", conns: 32}
-	if out := null.run(ctx, opt.seconds); out.failed > 0 {
-		return fmt.Errorf("null run: %w", out.firstErr)
-	} else {
-		fmt.Printf("  null run, loader straight to the application in the clear: %.0f/s\n", float64(out.requests)/out.wall.Seconds())
-	}
-	cpu, rate, err := f.compare(ctx, opt, cell)
+	own, err := f.ordersProxy(ctx)
 	if err != nil {
 		return err
 	}
-	f.table(cpu, rate)
-	reach("CPU per request against Envoy with the same rules", median(cpu["castellan-proxy, 20 rules"])/median(cpu["envoy, 20 rules"]), 1.0, "×")
-	slowest := 1e12
-	for _, r := range rate {
-		slowest = min(slowest, median(r))
-	}
-	fmt.Printf("  latency at %.0f/s (half of the slowest's capacity):\n", slowest/2)
-	for _, p := range f.peers {
-		l := cell(p)
-		l.perSecond = slowest / 2
-		out := l.run(ctx, 2*opt.seconds)
-		if out.failed > 0 || len(out.latency) == 0 {
-			return fmt.Errorf("%s: %w", p.name, out.firstErr)
+	opt.printf("  null run, loader straight to the backend in the clear: %.0f/s\n\n", float64(out.requests)/out.wall.Seconds())
+	for _, part := range []func(context.Context, *field, options, peer) error{requestHTTP1, requestHTTP2, requestTCP} {
+		if err := part(ctx, f, opt, own); err != nil {
+			return err
 		}
-		slices.Sort(out.latency)
-		at := func(q float64) time.Duration { return out.latency[int(q*float64(len(out.latency)-1))] }
-		fmt.Printf("  %-30s p50 %v  p99 %v\n", p.name, at(0.5).Round(time.Microsecond), at(0.99).Round(time.Microsecond))
 	}
+	return nil
+}
+
+// requestHTTP1 is the cell of the promise, and its neighbours.
+func requestHTTP1(ctx context.Context, f *field, opt options, orders peer) error {
+	own := []peer{orders}
+	for _, start := range []func(context.Context) (peer, error){f.paymentsProxy, f.plainProxy} {
+		p, err := start(ctx)
+		if err != nil {
+			return err
+		}
+		own = append(own, p)
+	}
+	rest, err := f.start(ctx, httpPeers()...)
+	if err != nil {
+		return err
+	}
+	peers := slices.Concat(own, rest)
+	cell := func(p peer) load { return f.load(p, 1024, 32) }
+	t, err := compare(ctx, opt, peers, cell)
+	if err != nil {
+		return err
+	}
+	t.print(opt, "HTTP/1.1, 1 KB, 32 connections")
+	opt.reach("CPU per request against Envoy with the same rules", t.ratio(envoyName), 1.0, "×")
+	opt.printf("  latency at %.0f/s (half of the slowest's capacity):\n", t.slowest()/2)
+	for _, p := range peers {
+		l := cell(p)
+		l.perSecond = t.slowest() / 2
+		out := l.run(ctx, 2*opt.seconds)
+		if err := out.err(); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+		opt.printf("  %-34s %s\n", p.name, quantiles(out.latency))
+	}
+	second := opt.second()
+	if !opt.full {
+		peers = slices.DeleteFunc(peers, func(p peer) bool { return p.name == "envoy, no policy" || slices.Contains(own[1:], p) })
+	}
+	for _, c := range []struct {
+		name        string
+		size, conns int
+	}{
+		{"no body, 32 connections", 0, 32},
+		{"16 KB, 32 connections", 16 << 10, 32},
+		{"1 MB, 32 connections", 1 << 20, 32},
+		{"1 KB, 1 connection", 1 << 10, 1},
+		{"1 KB, 128 connections", 1 << 10, 128},
+		{"1 KB, 512 connections", 1 << 10, 512},
+	} {
+		t, err := compare(ctx, second, peers, func(p peer) load { return f.load(p, c.size, c.conns) })
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		opt.printf("\n")
+		t.print(opt, "HTTP/1.1, "+c.name)
+	}
+	return nil
+}
+
+// load2 is 1 KB over HTTP/2, 32 requests at once on 4 connections.
+func (f *field) load2(p peer) load {
+	l := f.load(p, 1024, 4)
+	l.tls, l.streams = clientTLS(f.mat, "h2"), 8
+	return l
+}
+
+func requestHTTP2(ctx context.Context, f *field, opt options, own peer) error {
+	rest, err := f.start(ctx, http2Peer())
+	if err != nil {
+		return err
+	}
+	t, err := compare(ctx, opt.second(), append([]peer{own}, rest...), f.load2)
+	if err != nil {
+		return err
+	}
+	opt.printf("\n")
+	t.print(opt, "HTTP/2, 1 KB, 4 × 8 streams")
+	return nil
+}
+
+// requestTCP has the same exchanges carried by programs that do not read them.
+func requestTCP(ctx context.Context, f *field, opt options, _ peer) error {
+	own, err := f.tcpProxy(ctx)
+	if err != nil {
+		return err
+	}
+	rest, err := f.start(ctx, tcpPeers()...)
+	if err != nil {
+		return err
+	}
+	t, err := compare(ctx, opt.second(), append([]peer{own}, rest...), func(p peer) load { return f.load(p, 1024, 32) })
+	if err != nil {
+		return err
+	}
+	opt.printf("\n")
+	t.print(opt, "TCP, 1 KB exchanges, 32 connections")
 	return nil
 }
 
@@ -176,15 +209,39 @@ func benchConnect(ctx context.Context, opt options) error {
 		return err
 	}
 	defer f.close()
-	cpu, rate, err := f.compare(ctx, opt, func(p peer) load {
-		return load{addr: p.addr, tls: clientTLS(f.mat.cert, f.mat.pool), path: "/r19/x", conns: 4, fresh: true}
-	})
+	own, err := f.ordersProxy(ctx)
 	if err != nil {
 		return err
 	}
-	f.table(cpu, rate)
-	ours := median(cpu["castellan-proxy, 20 rules"])
-	reach("CPU per new connection against nginx", ours/median(cpu["nginx, no policy"]), 0.7, "×")
-	reach("CPU per new connection against Envoy", ours/median(cpu["envoy, 20 rules"]), 1.15, "×")
+	rest, err := f.start(ctx, httpPeers()...)
+	if err != nil {
+		return err
+	}
+	cell := func(p peer) load {
+		l := f.load(p, 1024, 4)
+		l.fresh = true
+		return l
+	}
+	t, err := compare(ctx, opt, append([]peer{own}, rest...), cell)
+	if err != nil {
+		return err
+	}
+	t.print(opt, "new connection, one request, 1 KB")
+	opt.reach("CPU per new connection against nginx", t.ratio(nginxName), 0.7, "×")
+	opt.reach("CPU per new connection against Envoy", t.ratio(envoyName), 1.15, "×")
+
+	// The same with a client that would resume. Nothing may be resumed: a session
+	// would outlive the bundle, the denylist and the certificate it was made with.
+	l := cell(own)
+	l.tls.SessionTicketsDisabled = false
+	l.tls.ClientSessionCache = tls.NewLRUClientSessionCache(64)
+	cost, out, err := measure(ctx, own, l, opt.seconds)
+	if err != nil {
+		return err
+	}
+	if out.resumed != 0 {
+		return fmt.Errorf("%s resumed %d sessions, which it must not", own.name, out.resumed)
+	}
+	opt.printf("  %s, resumption offered: %.1f µs, %d connections, 0 resumed (off by design)\n", own.name, cost, out.requests)
 	return nil
 }
