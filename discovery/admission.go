@@ -15,6 +15,8 @@ type inForce struct {
 	good
 	// last: not the present version, which was refused, but the last good one.
 	last bool
+	// portSets are those of the workloads it selects.
+	portSets []int
 }
 
 // denial says that workloads deny everything, because of a refused document.

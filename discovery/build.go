@@ -3,6 +3,7 @@ package discovery
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -39,10 +40,14 @@ type builder struct {
 	meshJSON    []byte
 	trustDomain spiffeid.TrustDomain
 	last        map[string]*workload
+	// warned is what there is to warn of documents, by content and ports of the last
+	// build, and warning of this one.
+	warned, warning map[string][]authz.Finding
+	ports           portSets // of this build
 }
 
 func newBuilder(mesh policy.Mesh, td spiffeid.TrustDomain) (*builder, error) {
-	b := &builder{mesh: mesh, trustDomain: td}
+	b := &builder{mesh: mesh, trustDomain: td, warning: map[string][]authz.Finding{}}
 	var err error
 	if b.meshJSON, err = json.Marshal(mesh); err != nil {
 		return nil, fmt.Errorf("discovery: mesh settings: %w", err)
@@ -54,6 +59,7 @@ func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
 	s := &state{admission: a, byUID: make(map[string]*workload, len(file.Workloads))}
 	ix := newIndex(a.docs, b.mesh)
 	ports := declaredPorts(file)
+	b.ports = portSets{}
 	for i := range file.Workloads {
 		w, err := b.workload(&file.Workloads[i], a, ix, ports)
 		if err != nil {
@@ -63,6 +69,7 @@ func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
 		s.byUID[w.PodUID] = w
 	}
 	b.last = s.byUID
+	b.concretise(a, &b.ports)
 	var err error
 	s.services, err = b.serviceIdentities(file)
 	return s, err
@@ -70,10 +77,15 @@ func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
 
 func (b *builder) workload(w *workloads.Workload, a *admission, ix *index, ports map[string]map[uint16]string) (*workload, error) {
 	docs := ix.selecting(w.Namespace, w.Labels)
+	declared := workloadPorts(w, ports[w.PodUID])
+	portSet := b.ports.id(declared)
+	for _, d := range docs {
+		d.selectedBy(portSet)
+	}
 	out := &workload{Workload: w, docs: docs, denyReason: a.deny(w, b.mesh)}
 	msg := &castellanv1.WorkloadPolicy{
 		Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, TrustDomain: b.trustDomain.Name(), Labels: w.Labels,
-		Mesh: b.meshJSON, DenyAll: out.denyReason != "", DenyReason: out.denyReason, Ports: workloadPorts(w, ports[w.PodUID]),
+		Mesh: b.meshJSON, DenyAll: out.denyReason != "", DenyReason: out.denyReason, Ports: portMessages(declared),
 	}
 	// The version is a hash of hashes, so that the documents need not be read again
 	// where nothing has changed.
@@ -219,19 +231,17 @@ func declaredPorts(file *workloads.File) map[string]map[uint16]string {
 
 // workloadPorts is what the workload declares itself, and for its other ports
 // what services do.
-func workloadPorts(w *workloads.Workload, services map[uint16]string) []*castellanv1.WorkloadPort {
-	ports := map[uint16]string{}
-	for n, protocol := range services {
-		ports[n] = protocol
-	}
+func workloadPorts(w *workloads.Workload, services map[uint16]string) map[uint16]string {
+	ports := make(map[uint16]string, len(services)+len(w.Ports))
+	maps.Copy(ports, services)
 	for _, p := range w.Ports {
 		ports[p.Number] = p.Protocol
 	}
-	numbers := make([]uint16, 0, len(ports))
-	for n := range ports {
-		numbers = append(numbers, n)
-	}
-	slices.Sort(numbers)
+	return ports
+}
+
+func portMessages(ports map[uint16]string) []*castellanv1.WorkloadPort {
+	numbers := slices.Sorted(maps.Keys(ports))
 	out := make([]*castellanv1.WorkloadPort, len(numbers))
 	for i, n := range numbers {
 		out[i] = &castellanv1.WorkloadPort{Number: uint32(n), Protocol: ports[n]}

@@ -1,0 +1,95 @@
+package discovery
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"castellan.dev/api/policy"
+	"castellan.dev/authz"
+)
+
+// maxPortSets bounds how many different declarations of ports a document is
+// looked at with; beyond, it is looked at as if nobody had declared any.
+const maxPortSets = 8
+
+// portSets tells apart what workloads declare of their ports.
+type portSets struct {
+	sets []map[uint16]string
+	ids  map[string]int
+}
+
+// id of what a workload declares; 0 is nothing, or not everything.
+func (p *portSets) id(ports map[uint16]string) int {
+	if p.ids == nil {
+		p.ids, p.sets = map[string]int{"": 0}, []map[uint16]string{nil}
+	}
+	var key strings.Builder
+	for _, n := range slices.Sorted(maps.Keys(ports)) {
+		if ports[n] == "" {
+			return 0 // services disagree, or say nothing
+		}
+		fmt.Fprintf(&key, "%d=%s,", n, ports[n])
+	}
+	id, ok := p.ids[key.String()]
+	if !ok {
+		id = len(p.sets)
+		p.ids[key.String()], p.sets = id, append(p.sets, ports)
+	}
+	return id
+}
+
+// selectedBy notes that a workload with such ports is selected.
+func (d *inForce) selectedBy(id int) {
+	if len(d.portSets) <= maxPortSets && !slices.Contains(d.portSets, id) {
+		d.portSets = append(d.portSets, id)
+	}
+}
+
+// warnings of a document that was admitted, given the workloads that it selects:
+// where these have all declared their ports, it is known whether an HTTP field
+// meets a TCP port, and where one has not, it may.
+func (p *portSets) warnings(d *inForce, mesh policy.Mesh) []authz.Finding {
+	if len(d.portSets) == 0 || len(d.portSets) > maxPortSets || slices.Contains(d.portSets, 0) {
+		return authz.Validate(d.doc, mesh)
+	}
+	var out []authz.Finding
+	for _, id := range d.portSets {
+		for _, f := range authz.ValidateFor(d.doc, mesh, p.sets[id]) {
+			if !slices.Contains(out, f) {
+				out = append(out, f)
+			}
+		}
+	}
+	return out
+}
+
+// concretise makes the warnings about accepted AuthorizationPolicies those of the
+// workloads that they select. Errors do not depend on ports.
+func (b *builder) concretise(a *admission, ports *portSets) {
+	docs := make(map[Ref]*inForce, len(a.docs))
+	for _, d := range a.docs {
+		docs[d.ref] = d
+	}
+	for i := range a.statuses {
+		st := &a.statuses[i]
+		d := docs[st.Ref]
+		if !st.accepted || d == nil || d.doc.Authorization == nil {
+			continue
+		}
+		slices.Sort(d.portSets)
+		var key strings.Builder
+		key.WriteString(d.hash)
+		for _, id := range d.portSets {
+			fmt.Fprintf(&key, ",%v", ports.sets[id])
+		}
+		found, ok := b.warned[key.String()]
+		if !ok {
+			found = ports.warnings(d, b.mesh)
+		}
+		b.warning[key.String()] = found
+		st.Findings = found
+	}
+	b.warned, b.warning = b.warning, map[string][]authz.Finding{}
+}
