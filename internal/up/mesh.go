@@ -295,11 +295,17 @@ func (m *mesh) proxyConfig(w sampleWorkload) *config.Proxy {
 }
 
 // writeWorkloads writes the file that stands for the cluster: pods and services.
-// It is written once; what users change in it later stays, as with policies.
+// It is written once; what users change in it later stays, as with policies. One
+// that tells of ports and UIDs no longer so is put aside.
 func (m *mesh) writeWorkloads() error {
 	path := m.layout.path("workloads.yaml")
 	if _, err := os.Stat(path); err == nil {
-		return nil
+		if !m.state.fresh {
+			return nil
+		}
+		if err := os.Rename(path, path+".old"); err != nil {
+			return fmt.Errorf("up: %w", err)
+		}
 	}
 	var file struct {
 		config.Header `json:",inline"`

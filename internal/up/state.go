@@ -78,6 +78,9 @@ type state struct {
 	Ports map[string]int `json:"ports"`
 	// UIDs of pods and service accounts, by "pod/ns/sa" and "account/ns/sa".
 	UIDs map[string]string `json:"uids"`
+
+	// fresh: there was no state before, so nothing else that names ports and UIDs holds.
+	fresh bool
 }
 
 // Ports stand below the range the kernel takes outgoing ports from (32768 up),
@@ -94,6 +97,7 @@ func loadState(path, trustDomain string, names []string, uids []string) (*state,
 	data, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
+		s.fresh = true
 	case err != nil:
 		return nil, fmt.Errorf("up: %w", err)
 	default:
