@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
@@ -385,7 +386,8 @@ func (m *mesh) policy(ctx context.Context, t *testing.T) {
 		t.Fatal(err)
 	}
 	const url = "type.googleapis.com/castellan.v1.WorkloadPolicy"
-	ask := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: url}
+	ask := &discoveryv3.DeltaDiscoveryRequest{Node: &corev3.Node{Id: "proxy-1"}, TypeUrl: url}
+	version := ""
 	next := func() *castellanv1.WorkloadPolicy {
 		t.Helper()
 		if err := stream.Send(ask); err != nil {
@@ -400,6 +402,7 @@ func (m *mesh) policy(ctx context.Context, t *testing.T) {
 		if len(resp.GetResources()) != 1 || resp.GetResources()[0].GetName() != "uid-orders" || resp.GetResources()[0].GetResource().UnmarshalTo(p) != nil {
 			t.Fatalf("got %v", resp)
 		}
+		version = resp.GetResources()[0].GetVersion()
 		return p
 	}
 	if n := len(next().GetDocuments()); n != 0 {
@@ -413,4 +416,31 @@ func (m *mesh) policy(ctx context.Context, t *testing.T) {
 	if took := time.Since(written); took > time.Second {
 		t.Logf("policy took %v, want a second at most (a busy machine?)", took)
 	}
+	if err := stream.Send(ask); err != nil { // the last answer
+		t.Fatal(err)
+	}
+	// What the proxy is given and acknowledges is, through the agent, the server's
+	// own version: by it the server knows what is applied.
+	admin, err := grpc.NewClient("unix://"+m.path("data", "admin.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = admin.Close() }()
+	eventually(t, func() error {
+		status, err := castellanv1.NewDiscoveryAdminClient(admin).Policies(ctx, &castellanv1.PoliciesRequest{})
+		if err != nil {
+			return err
+		}
+		for _, w := range status.GetWorkloads() {
+			if w.GetPodUid() == "uid-orders" && w.GetVersion() != version {
+				return fmt.Errorf("the server offers version %q, the socket %q", w.GetVersion(), version)
+			}
+		}
+		for _, p := range status.GetPolicies() {
+			if p.GetName() == "deny" && p.GetSelected() == 1 && p.GetProgrammed() == 1 {
+				return nil
+			}
+		}
+		return fmt.Errorf("the acknowledgement is not known: %v", status)
+	})
 }
