@@ -123,12 +123,29 @@ func TestOnlyListedUIDsGetAByte(t *testing.T) {
 	path := filepath.Join(tempDir(t), "pod", "socket")
 	l := listen(t, attest.UnixConfig{Path: path, UIDs: []uint32{uid()}, Refused: refused.count, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	greet(t, l)
-	if code := connect(path); code != 0 {
-		t.Errorf("own uid: %d", code)
-	}
-	if os.Getuid() != 0 {
-		t.Skip("becoming another uid needs root")
-	}
+	t.Run("trust-04 the uid of the socket's workload is served", func(t *testing.T) {
+		if code := connect(path); code != 0 {
+			t.Errorf("got %d", code)
+		}
+	})
+	t.Run("trust-04 another uid is closed without a byte", func(t *testing.T) {
+		if os.Getuid() != 0 {
+			t.Skip("becoming another uid needs root")
+		}
+		anotherUID(t, path)
+		if refused.of("uid") != 1 {
+			t.Errorf("refusals counted: %v", refused.got)
+		}
+		l.Close()
+		if !strings.Contains(log.String(), "uid=65534") {
+			t.Errorf("log does not name the uid: %s", log.String())
+		}
+	})
+}
+
+// anotherUID connects as nobody and wants to be turned away.
+func anotherUID(t *testing.T, path string) {
+	t.Helper()
 	// A copy of this binary that another uid can run.
 	exe := filepath.Join(filepath.Dir(filepath.Dir(path)), "client")
 	data, err := os.ReadFile("/proc/self/exe")
@@ -147,21 +164,16 @@ func TestOnlyListedUIDsGetAByte(t *testing.T) {
 	if !errors.As(err, &exit) || exit.ExitCode() != 3 {
 		t.Errorf("uid 65534: %v, want the connection closed without a byte", err)
 	}
-	if refused.of("uid") != 1 {
-		t.Errorf("refusals counted: %v", refused.got)
-	}
-	l.Close()
-	if !strings.Contains(log.String(), "uid=65534") {
-		t.Errorf("log does not name the uid: %s", log.String())
-	}
 }
 
 func TestAnEmptyListAdmitsNobody(t *testing.T) {
 	path := filepath.Join(tempDir(t), "socket")
 	greet(t, listen(t, attest.UnixConfig{Path: path}))
-	if code := connect(path); code != 3 {
-		t.Errorf("got %d, want the connection closed without a byte", code)
-	}
+	t.Run("trust-04 a socket without a uid serves nobody", func(t *testing.T) {
+		if code := connect(path); code != 3 {
+			t.Errorf("got %d, want the connection closed without a byte", code)
+		}
+	})
 }
 
 func TestConnectionsAreBounded(t *testing.T) {

@@ -127,6 +127,7 @@ func TestAuthenticate(t *testing.T) {
 		"authz-26 fromCookies":                         {[]policy.JWTRule{cookie(s.rule1(), "session")}, get("cookie", "a=b; session=\""+t1+"\"; c=d"), 0, s.one.Name, ""},
 		"authz-26 fromCookies, invalid":                {[]policy.JWTRule{cookie(s.rule1(), "session")}, get("cookie", "session=x"), 401, "", "token malformed"},
 		"authz-26 fromCookies, another":                {[]policy.JWTRule{cookie(s.rule1(), "session")}, get("cookie", "xsession=x"), 0, "", ""},
+		"spiffe-20 Bearer in the authorization header": {[]policy.JWTRule{s.rule1()}, get("authorization", "Bearer "+s.token(t, s.one, map[string]any{"sub": "spiffe://cluster.local/ns/shop/sa/orders"})), 0, s.one.Name, ""},
 		"authz-26 wrong prefix is no token":            {[]policy.JWTRule{s.rule1()}, get("authorization", "Basic "+expired), 0, "", ""},
 		"authz-26 prefix not at the start is no token": {[]policy.JWTRule{s.rule1()}, get("authorization", "x Bearer "+expired), 0, "", ""},
 		"authz-26 prefix is case-sensitive":            {[]policy.JWTRule{s.rule1()}, get("authorization", "bearer "+expired), 0, "", ""},
