@@ -72,7 +72,7 @@ func Open(ctx context.Context, cfg Config) (_ *Authority, err error) {
 	}
 	defer func() {
 		if err != nil {
-			a.lock.Close()
+			err = errors.Join(err, a.lock.Close())
 		}
 	}()
 	if err := a.load(ctx); err != nil {

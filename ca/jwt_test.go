@@ -117,7 +117,7 @@ func TestJWTSVIDVerifiesByOthers(t *testing.T) {
 	if _, err := jwtsvid.ParseAndValidate(s.Token, keys, []string{"other"}); err == nil {
 		t.Fatal("valid for another audience")
 	}
-	sig, err := jose.ParseSigned(s.Token, []jose.SignatureAlgorithm{jose.ES256})
+	sig, err := jose.ParseSignedCompact(s.Token, []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,7 +56,7 @@ func TestIssuersAreRenewedAtHalfLife(t *testing.T) {
 		for _, r := range roles {
 			first = append(first, byRole(t, a, r))
 		}
-		old, _ := issue(t, a, request(t))
+		issue(t, a, request(t))
 		time.Sleep(29 * time.Minute)
 		synctest.Wait()
 		for i, r := range roles {
@@ -66,7 +66,7 @@ func TestIssuersAreRenewedAtHalfLife(t *testing.T) {
 		}
 		r := request(t)
 		r.TTL = 9 * time.Minute
-		old, _ = issue(t, a, r)
+		old, _ := issue(t, a, r)
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
 		for i, r := range roles {

@@ -121,7 +121,7 @@ func (s *SQLite) candidates(ctx context.Context, f Filter) ([]int64, bool, error
 	if err != nil {
 		return nil, false, err
 	}
-	defer rows.Close()
+	defer func() { _ = rows.Close() }() // what went wrong is in rows.Err
 	var list []int64
 	for rows.Next() {
 		var seq int64
@@ -149,7 +149,7 @@ func (s *SQLite) rows(ctx context.Context, where string, args []any) ([]Entry, e
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
+	defer func() { _ = rows.Close() }() // what went wrong is in rows.Err
 	var page []Entry
 	for rows.Next() {
 		e, err := scan(rows)

@@ -88,7 +88,7 @@ func Open(ctx context.Context, cfg Config) (_ *SQLite, err error) {
 	}
 	defer func() {
 		if err != nil {
-			s.release()
+			err = errors.Join(err, s.release())
 		}
 	}()
 	if err := s.open(ctx, path); err != nil {

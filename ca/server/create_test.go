@@ -9,10 +9,12 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	istiov1 "istio.io/api/security/v1alpha1"
 
 	"castellan.dev/identity"
@@ -153,6 +155,41 @@ func TestClientHabits(t *testing.T) {
 			certs, _ := readChain(t, resp.GetCertChain())
 			if left := time.Until(certs[0].NotAfter); left > tt.ttl || left < tt.ttl-time.Minute {
 				t.Errorf("valid for %v, want %v", left, tt.ttl)
+			}
+		})
+	}
+}
+
+// TestValidityFloorAndBackdate holds what clients that renew at half of [notBefore,
+// notAfter] need: a backdate of at most a tenth, and no life so short that they loop.
+func TestValidityFloorAndBackdate(t *testing.T) {
+	w := newWorld(t, options{})
+	request, _ := csr(t)
+	ask := func(seconds int64) (*istiov1.IstioCertificateResponse, error) {
+		return w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: request, ValidityDuration: seconds})
+	}
+	for _, seconds := range []int64{1, 4} {
+		t.Run(fmt.Sprintf("clients-01 %d s are refused", seconds), func(t *testing.T) {
+			w.log.take(t)
+			_, err := ask(seconds)
+			w.checkRefusal(t, err, codes.InvalidArgument, "at least 5 s are needed")
+		})
+	}
+	for _, seconds := range []int64{5, 9, 60, 299, 3600} {
+		t.Run(fmt.Sprintf("clients-01 the backdate of %d s", seconds), func(t *testing.T) {
+			before := time.Now()
+			resp, err := ask(seconds)
+			if err != nil {
+				t.Fatal(err)
+			}
+			certs, _ := readChain(t, resp.GetCertChain())
+			ttl := time.Duration(seconds) * time.Second
+			// Whole seconds: a fresh certificate may begin with the second it is made in.
+			if back := before.Sub(certs[0].NotBefore); back > max(ttl/10, time.Second) || back > 30*time.Second {
+				t.Errorf("backdated by %v", back)
+			}
+			if left := certs[0].NotAfter.Sub(before); left < ttl-time.Second {
+				t.Errorf("%v left", left)
 			}
 		})
 	}

@@ -36,7 +36,7 @@ func TestGateIsBeforeTheDecoder(t *testing.T) {
 	call := func(conn *grpc.ClientConn, method string) codes.Code {
 		t.Helper()
 		var out []byte
-		return status.Code(conn.Invoke(t.Context(), method, &garbage, &out, grpc.ForceCodec(rawCodec{}))) //nolint:staticcheck // the v1 codec is the simplest
+		return status.Code(conn.Invoke(t.Context(), method, &garbage, &out, grpc.ForceCodec(rawCodec{})))
 	}
 	if code := call(w.conn, castellanv1.Node_Report_FullMethodName); code != codes.Unauthenticated {
 		t.Errorf("without a certificate: %v", code)
@@ -66,6 +66,9 @@ func TestMessageBounds(t *testing.T) {
 	if status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("a megabyte to an open method: %v", err)
 	}
+	if r := w.log.take(t); len(r) == 0 || r[len(r)-1]["reason"] != "message-size" {
+		t.Errorf("log %v", r)
+	}
 }
 
 // heldCalls opens n calls on one connection, each announcing a message and sending
@@ -85,7 +88,7 @@ func heldCalls(t *testing.T, address string, n int) <-chan string {
 		req.Header.Set("Te", "trailers")
 		go func() {
 			head := binary.BigEndian.AppendUint32([]byte{0}, 32<<10)
-			_, _ = writer.Write(append(head, make([]byte, 16<<10)...)) //nolint:gosec // a pipe
+			_, _ = writer.Write(append(head, make([]byte, 16<<10)...))
 		}()
 		go func() {
 			defer writer.Close()

@@ -119,6 +119,9 @@ func (g *Gate) unary(ctx context.Context, method string, decode func(any) error,
 	return next(withSlot(ctx, leave), func(into any) error {
 		r := request{into: into}
 		switch err := decode(&r); {
+		case status.Code(err) == codes.ResourceExhausted:
+			// Over maxMessage; gRPC has answered so already.
+			return g.refuse(ctx, method, codes.ResourceExhausted, "message-size", err)
 		case err != nil && ctx.Err() != nil:
 			return g.refuse(ctx, method, codes.DeadlineExceeded, "slow-message", err)
 		case err != nil:

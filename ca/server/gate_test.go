@@ -165,11 +165,15 @@ func TestCertificateAloneRenewsNothing(t *testing.T) {
 	w.conn = w.dial(w.certificate(t, w.token(orders()), w.agentToken, 600))
 	request, _ := csr(t)
 	w.log.take(t)
-	_, err := w.create(t.Context(), &istiov1.IstioCertificateRequest{Csr: request})
-	w.checkRefusal(t, err, codes.Unauthenticated, "no workload token")
-	w.setPods() // the pod is gone, its certificate is not
-	_, err = w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: request})
-	w.checkRefusal(t, err, codes.PermissionDenied, "does not exist (any more)")
+	t.Run("trust-03 a certificate without tokens", func(t *testing.T) {
+		_, err := w.create(t.Context(), &istiov1.IstioCertificateRequest{Csr: request})
+		w.checkRefusal(t, err, codes.Unauthenticated, "no workload token")
+	})
+	t.Run("trust-03 a certificate with a token, and the pod is gone", func(t *testing.T) {
+		w.setPods()
+		_, err := w.create(as(t.Context(), w.token(orders()), w.agentToken), &istiov1.IstioCertificateRequest{Csr: request})
+		w.checkRefusal(t, err, codes.PermissionDenied, "does not exist (any more)")
+	})
 }
 
 // TestPanicsStayInTheirCall: a fault in one call is an internal error, and the

@@ -356,7 +356,7 @@ func TestDirectCallersAndImpersonation(t *testing.T) {
 		"a number":                   {w.token(ztunnel), impersonate(t, 7), "", codes.InvalidArgument, "ImpersonatedIdentity is no name"},
 	}
 	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
+		t.Run("trust-02 "+name, func(t *testing.T) {
 			w.log.take(t)
 			resp, err := w.create(as(t.Context(), tt.token, ""), &istiov1.IstioCertificateRequest{Csr: request, Metadata: tt.metadata})
 			if tt.code != codes.OK {

@@ -80,7 +80,7 @@ func Run(t *testing.T, open func(t *testing.T, clock *Clock) ledger.Ledger) {
 		t.Run(name, func(t *testing.T) {
 			clock := &Clock{t: Start}
 			l := open(t, clock)
-			t.Cleanup(func() { l.Close() })
+			t.Cleanup(func() { _ = l.Close() })
 			test(t, l, clock)
 		})
 	}
@@ -230,7 +230,10 @@ func paging(t *testing.T, l ledger.Ledger, _ *Clock) {
 			t.Errorf("row %d by serial: %v", i, err)
 		}
 	}
-	for range l.Query(t.Context(), ledger.Filter{}) {
+	for _, err := range l.Query(t.Context(), ledger.Filter{}) {
+		if err != nil {
+			t.Error(err)
+		}
 		break // a consumer may stop early
 	}
 }

@@ -99,8 +99,8 @@ func selects(f ledger.Filter, e ledger.Entry) bool {
 
 // BySerial implements ledger.Reader.
 func (m *Memory) BySerial(ctx context.Context, serial string) (ledger.Entry, error) {
-	for e := range m.Query(ctx, ledger.Filter{Serial: serial}) {
-		return e, nil
+	for e, err := range m.Query(ctx, ledger.Filter{Serial: serial}) {
+		return e, err
 	}
 	return ledger.Entry{}, fmt.Errorf("%w of serial %s", ledger.ErrNotFound, serial)
 }
