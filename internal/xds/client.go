@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -142,8 +141,10 @@ func (c *Client) stream(parent context.Context) (answered bool, err error) {
 		if f.idle() {
 			continue
 		}
-		if err := st.Send(c.first(f, withNode)); err != nil {
-			return false, sendError(st, err)
+		for _, req := range c.first(f, withNode) {
+			if err := st.Send(req); err != nil {
+				return false, sendError(st, err)
+			}
 		}
 		withNode = false
 	}
@@ -218,15 +219,30 @@ func receiveResponses(ctx context.Context, st DeltaClientStream) (<-chan *discov
 	return responses, failed
 }
 
-// first asks for a type on a new stream, and says what is already held.
-func (c *Client) first(f *follow, withNode bool) *discoveryv3.DeltaDiscoveryRequest {
+// claimBytes is about how much of what is held one request says: servers bound
+// their messages, and one that is refused would be refused at every attempt.
+const claimBytes = 64 << 10
+
+// first asks for a type on a new stream, and says what is already held; where
+// that is much, in several requests.
+func (c *Client) first(f *follow, withNode bool) []*discoveryv3.DeltaDiscoveryRequest {
 	f.open = true
-	req := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: f.sub.TypeURL,
-		ResourceNamesSubscribe: withWildcard(f.sub.Names), InitialResourceVersions: maps.Clone(f.held)}
+	req := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: f.sub.TypeURL, ResourceNamesSubscribe: withWildcard(f.sub.Names)}
 	if withNode {
 		req.Node = &corev3.Node{Id: c.cfg.NodeID, UserAgentName: "castellan"}
 	}
-	return req
+	reqs, size := []*discoveryv3.DeltaDiscoveryRequest{req}, 0
+	for name, version := range f.held {
+		if size += len(name) + len(version) + 16; size > claimBytes {
+			req = &discoveryv3.DeltaDiscoveryRequest{TypeUrl: f.sub.TypeURL}
+			reqs, size = append(reqs, req), 0
+		}
+		if req.InitialResourceVersions == nil {
+			req.InitialResourceVersions = map[string]string{}
+		}
+		req.InitialResourceVersions[name] = version
+	}
+	return reqs
 }
 
 // take applies a response and returns its answer.
@@ -296,7 +312,7 @@ func (c *Client) takeNames() []*discoveryv3.DeltaDiscoveryRequest {
 		c.drop(f)
 		if !f.open {
 			if !f.idle() {
-				reqs = append(reqs, c.first(f, false))
+				reqs = append(reqs, c.first(f, false)...)
 			}
 			continue
 		}

@@ -12,6 +12,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"castellan.dev/internal/xds"
@@ -165,6 +167,86 @@ func TestClientReconnects(t *testing.T) {
 		t.Errorf("last update %q, want %q", got, want)
 	}
 	(*cut.Load())()
+}
+
+func TestClientThatHoldsMuchReconnects(t *testing.T) {
+	const messages = 100 << 10 // the server's bound
+	s := start(t)
+	var before, after []string
+	for i := range 4000 {
+		name := fmt.Sprintf("namespace-%04d/some-service-of-the-mesh", i)
+		before = append(before, name+"=1")
+		switch {
+		case i%1000 == 1: // gone while there is no stream
+			continue
+		case i%1000 == 2:
+			after = append(after, name+"=2")
+		default:
+			after = append(after, name+"=1")
+		}
+	}
+	s.set(t, before...)
+	var streams atomic.Int32
+	first, cut := context.WithCancel(t.Context())
+	changed := make(chan struct{})
+	var again sizes
+	_, f := follow(t, func(ctx context.Context) (xds.DeltaClientStream, error) {
+		if streams.Add(1) == 1 {
+			return s.open(first)
+		}
+		<-changed
+		stream, err := s.open(ctx)
+		return measured{stream, &again}, err
+	}, nil)
+	acked := func(pairs []string) func() bool {
+		wanted := snapshot(t, pairs...)
+		return func() bool {
+			n := 0
+			for _, r := range s.recorder.Records() {
+				if r.Acked != "" && r.Acked != wanted[r.Name].Version {
+					return false
+				} else if r.Acked != "" {
+					n++
+				}
+			}
+			return n == len(wanted)
+		}
+	}
+	eventually(t, "first state", f.is(before...))
+	eventually(t, "first acknowledgements", acked(before))
+	cut()
+	s.set(t, after...)
+	close(changed)
+	eventually(t, "state after the reconnect", f.is(after...))
+	if most, all := again.read(); most > messages || all < 2 {
+		t.Errorf("the largest of %d requests has %d bytes, want %d at most", all, most, messages)
+	}
+	// Acknowledged is what was applied, and no more: those that are gone are gone.
+	eventually(t, "acknowledgements after the reconnect", acked(after))
+}
+
+// sizes notes how large requests are.
+type sizes struct {
+	mu        sync.Mutex
+	most, all int
+}
+
+func (s *sizes) read() (most, all int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.most, s.all
+}
+
+type measured struct {
+	xds.DeltaClientStream
+	sizes *sizes
+}
+
+func (m measured) Send(req *discoveryv3.DeltaDiscoveryRequest) error {
+	m.sizes.mu.Lock()
+	m.sizes.most, m.sizes.all = max(m.sizes.most, proto.Size(req)), m.sizes.all+1
+	m.sizes.mu.Unlock()
+	return m.DeltaClientStream.Send(req)
 }
 
 func TestClientSetNames(t *testing.T) {

@@ -30,8 +30,11 @@ type deltaState struct {
 	// owesFirst: a wildcard's first response goes out even if it is empty, so that
 	// the peer knows that there is nothing (more) to wait for.
 	owesFirst bool
-	// claims: sent still holds versions that the peer brought from an earlier stream.
-	claims bool
+	// claims are the names whose version in sent is what the peer brought from an
+	// earlier stream, until it is known what that has to be.
+	claims []string
+	// claimed counts all that were ever brought.
+	claimed int
 	// refused holds, by name, the response in which the peer last refused it.
 	refused map[string]response
 }
@@ -49,42 +52,43 @@ func (m *deltaMachine) request(req *discoveryv3.DeltaDiscoveryRequest) error {
 	if err := m.change(s, req, first); err != nil {
 		return err
 	}
-	if first {
-		if err := m.hold(s, req.GetInitialResourceVersions()); err != nil {
-			return err
-		}
+	if err := m.hold(s, req.GetInitialResourceVersions()); err != nil {
+		return err
 	}
 	m.settle(s, req)
 	return nil
 }
 
-// hold takes what the peer says it still holds of an earlier stream.
+// hold takes what the peer says it still holds of an earlier stream: in its
+// first request and, if that is much, in those after it (our client, for the sake
+// of a bound on messages). What has been sent on this stream meanwhile counts more.
 func (m *deltaMachine) hold(s *subscription, held map[string]string) error {
-	if len(held) > m.cfg.Limits.Held {
+	if s.delta.claimed += len(held); s.delta.claimed > m.cfg.Limits.Held {
 		return status.Errorf(codes.InvalidArgument, "more than %d initial resource versions", m.cfg.Limits.Held)
 	}
 	for name, version := range held {
-		if _, named := s.names[name]; (named || s.wildcard) && version != "" {
-			s.sent[name] = version
+		if _, named := s.names[name]; !named && !s.wildcard || version == "" {
+			continue
+		}
+		if _, known := s.sent[name]; !known {
+			s.sent[name], s.dirty = version, true
+			s.delta.claims = append(s.delta.claims, name)
 		}
 	}
-	s.delta.claims = len(s.sent) > 0
 	return nil
 }
 
 // confirm tells the observer of what the peer holds by its own word, once it is
 // known what that has to be.
 func (m *deltaMachine) confirm(s *subscription) {
-	if !s.delta.claims {
-		return
-	}
-	s.delta.claims = false
 	acked := map[string]string{}
-	for name, version := range s.sent {
-		if r, ok := s.snapshot[name]; ok && r.Version == version {
+	for _, name := range s.delta.claims {
+		version, held := s.sent[name] // unless it has been unsubscribed since
+		if r, ok := s.snapshot[name]; ok && held && r.Version == version {
 			acked[name] = version
 		}
 	}
+	s.delta.claims = nil
 	if len(acked) > 0 {
 		m.cfg.Observer.Acked(s.url, acked)
 	}

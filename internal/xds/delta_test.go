@@ -169,6 +169,19 @@ func TestDeltaInitialVersions(t *testing.T) {
 	s.acked(t, "same=1", "changed=2", "new=1")
 }
 
+func TestDeltaInitialVersionsInSeveralRequests(t *testing.T) {
+	s := start(t)
+	s.set(t, "a=1", "b=1", "d=1")
+	d := s.delta(t)
+	d.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: typeA, InitialResourceVersions: map[string]string{"a": version(t, "1")}})
+	resp := d.next("b=1 d=1")
+	// b was sent on this stream and is not acknowledged yet, whatever is said of it.
+	d.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: typeA, InitialResourceVersions: map[string]string{"b": version(t, "0"), "c": version(t, "1")}})
+	d.nack(resp, "not liked")
+	d.next("-c")
+	s.acked(t, "a=1")
+}
+
 func TestDeltaInitialVersionsBeforeAnythingIsKnown(t *testing.T) {
 	s := start(t)
 	d := s.delta(t)
