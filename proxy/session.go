@@ -133,7 +133,7 @@ func (s *inboundSession) Begin(r *engine.Request) engine.Verdict {
 	}
 	x.xfcc = s.xfcc
 	c := &x.verdict
-	x.remoteIP = remoteIP(r, pol.mesh.NumTrustedProxies)
+	x.remoteIP = judge.RemoteIP(r, pol.mesh.NumTrustedProxies)
 	c.Judge(judge.Request{
 		Method: r.Method, Host: r.Host, Path: r.Path, RawQuery: r.RawQuery, Header: x, RemoteIP: x.remoteIP,
 	}, pol.mesh.PathNormalization, pol.tokens, s.judgeNow(pol))
