@@ -154,10 +154,10 @@ const blank = "\r\n \t\v\f"
 
 // sniffTarget tells by how the target begins: origin, asterisk or absolute form.
 func sniffTarget(b []byte) sniffed {
-	switch {
-	case b[0] == '/':
+	switch b[0] {
+	case '/':
 		return sniffedHTTP1
-	case b[0] == '*':
+	case '*':
 		return sniffPrefix(bytes.TrimLeft(b[1:], " \t"), "http/")
 	}
 	return sniffPrefix(b, "http")

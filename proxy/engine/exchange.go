@@ -223,7 +223,7 @@ func relay(to dst, from body) (readErr, writeErr error) {
 				return nil, err
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -176,7 +176,7 @@ func TestGRPCIdle(t *testing.T) {
 			t.Fatalf("a live stream: %v", err)
 		}
 	}
-	if err := stream.RecvMsg(&wrapperspb.BytesValue{}); err == nil || err == io.EOF {
+	if err := stream.RecvMsg(&wrapperspb.BytesValue{}); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("an idle stream: %v", err)
 	}
 	f.session.outcomes(t, 1)
