@@ -93,6 +93,56 @@ func TestPolicyFiles(t *testing.T) {
 	m.wantStatus("shop/orders", "frontend", "GET", "/", 200)
 }
 
+// TestPolicyFilesInPlace: editors that write in place are taken at their word, and
+// what a writer that died leaves never opens anything.
+func TestPolicyFilesInPlace(t *testing.T) {
+	dir := shortDir(t)
+	m := start(t, dir)
+	up, path := m.path("up.json"), filepath.Join(m.file().PolicyDir, "90-extra.yaml")
+	inPlace := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	halfWritten := func() {
+		t.Helper()
+		eventually(t, "check tells of the half-written file", func() error {
+			r := castellan(t, "check", "--up", up)
+			for _, part := range []string{"90-extra.yaml", "looks half-written", "last good version"} {
+				if r.code != 2 || !strings.Contains(r.out, part) {
+					return fmt.Errorf("no %q, code %d: %s", part, r.code, r.out)
+				}
+			}
+			return nil
+		})
+		m.wantStatus("shop/frontend", "orders", "GET", "/closed", 403)
+		m.wantStatus("shop/frontend", "orders", "GET", "/other", 200)
+	}
+	inPlace(strings.ReplaceAll(denyBench, `["/closed"]`, `["/closed", "/other"]`))
+	m.wantStatus("shop/frontend", "orders", "GET", "/other", 403)
+	inPlace(denyBench) // shorter
+	m.wantStatus("shop/frontend", "orders", "GET", "/other", 200)
+	m.wantStatus("shop/frontend", "orders", "GET", "/closed", 403)
+
+	for _, text := range []string{"", denyBench[:strings.Index(denyBench, "  rules:")], "# nothing\n"} {
+		inPlace(text)
+		halfWritten()
+	}
+	m.stop()
+	m = start(t, dir)
+	halfWritten() // across a restart
+
+	inPlace(strings.ReplaceAll(denyBench, "/closed", "/other"))
+	m.wantStatus("shop/frontend", "orders", "GET", "/other", 403)
+	m.wantStatus("shop/frontend", "orders", "GET", "/closed", 200)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	m.wantStatus("shop/frontend", "orders", "GET", "/other", 200)
+	castellan(t, "check", "--up", up).want(t, 0, "")
+}
+
 // TestModes: STRICT refuses plaintext and PERMISSIVE takes it; who has no
 // identity does not pass a policy that names one.
 func TestModes(t *testing.T) {
