@@ -68,7 +68,9 @@ type entry struct {
 	inFlight bool
 	workload identity.Workload
 	podUID   string
-	token    caclient.Stamp // of the file, as it was last read
+	// Of the last attempt: what the token file was, and which pod it named.
+	token    caclient.Stamp
+	askedFor string
 }
 
 // NewRotator returns a Rotator that does nothing before Run.
@@ -268,7 +270,12 @@ func (r *Rotator) renew(ctx context.Context, e *entry) {
 
 // attempt makes a key and has it certified. It holds no lock while it waits.
 func (r *Rotator) attempt(ctx context.Context, e *entry) (*SVID, *caclient.Answer, error) {
+	// Before it is read: a version that comes in between is seen later, not missed.
+	stamp := e.identity.Token.Stamp()
 	credential, workload, err := r.identify(e)
+	r.mu.Lock()
+	e.token, e.askedFor = stamp, e.podUID
+	r.mu.Unlock()
 	if err != nil {
 		return nil, nil, &caclient.Error{Kind: caclient.BadCredential, Err: err}
 	}

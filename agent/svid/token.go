@@ -58,7 +58,7 @@ func (r *Rotator) tokenChanged(e *entry, stamp caclient.Stamp) {
 		return
 	}
 	e.token = stamp
-	samePod := err == nil && claims.PodUID == e.podUID && (e.workload == identity.Workload{} || claims.Account == e.workload.Account())
+	samePod := err == nil && claims.PodUID == e.askedFor
 	switch {
 	case e.problem == nil && samePod:
 		return
@@ -72,11 +72,6 @@ func (r *Rotator) tokenChanged(e *entry, stamp caclient.Stamp) {
 // identify reads the token and who it is of. The token must name the configured
 // account: a mixed-up file would otherwise serve one workload as another.
 func (r *Rotator) identify(e *entry) (caclient.Credential, identity.Workload, error) {
-	// Before it is read: a version that comes in between is seen later, not missed.
-	stamp := e.identity.Token.Stamp()
-	r.mu.Lock()
-	e.token = stamp
-	r.mu.Unlock()
 	credential, err := e.identity.Token.Read()
 	if err != nil {
 		return credential, identity.Workload{}, err

@@ -12,6 +12,7 @@ import (
 	"castellan.dev/agent/agenttest"
 	"castellan.dev/agent/caclient"
 	"castellan.dev/agent/svid"
+	"castellan.dev/identity"
 )
 
 // soon is when a new token has been noticed.
@@ -58,6 +59,29 @@ func TestANewTokenBringsOnTheNextAttempt(t *testing.T) {
 	}
 }
 
+func TestATokenReadForAJWTIsStillNew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, 24*time.Hour)
+		r, source, file := rotatorFile(t, i)
+		i.asked()
+		agenttest.WriteFile(t, string(file), agenttest.Token(account, "uid-2"))
+		if _, err := r.JWTs(source, refusing{}).Fetch(t.Context(), []string{"a"}); err == nil {
+			t.Fatal("no error")
+		}
+		time.Sleep(soon)
+		synctest.Wait()
+		if n := len(i.asked()); n != 1 {
+			t.Errorf("%d attempts, want 1: the certificate is the last pod's", n)
+		}
+	})
+}
+
+type refusing struct{}
+
+func (refusing) MintJWT(context.Context, identity.Workload, caclient.Credential, []string) (*caclient.JWT, error) {
+	return nil, errors.New("away")
+}
+
 func TestATokenThatIsGoneMakesNoAttempts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i := newIssuer(t, 24*time.Hour)
@@ -83,6 +107,12 @@ func TestATokenThatIsGoneMakesNoAttempts(t *testing.T) {
 // rotateFile is rotate with the token's file.
 func rotateFile(t *testing.T, i *issuer) (*svid.Source, caclient.CredentialFile) {
 	t.Helper()
+	_, source, file := rotatorFile(t, i)
+	return source, file
+}
+
+func rotatorFile(t *testing.T, i *issuer) (*svid.Rotator, *svid.Source, caclient.CredentialFile) {
+	t.Helper()
 	file := caclient.CredentialFile(filepath.Join(t.TempDir(), "token"))
 	agenttest.WriteFile(t, string(file), agenttest.Token(account, "uid-1"))
 	r, err := svid.NewRotator(svid.Config{Issuer: i, TrustDomain: trustDomain()})
@@ -100,5 +130,5 @@ func rotateFile(t *testing.T, i *issuer) (*svid.Source, caclient.CredentialFile)
 		}
 	})
 	synctest.Wait()
-	return source, file
+	return r, source, file
 }

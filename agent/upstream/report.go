@@ -23,9 +23,14 @@ const (
 	// debounce joins acknowledgements that come together.
 	debounce      = 100 * time.Millisecond
 	reportTimeout = 5 * time.Second
-	// maxReported bounds what is said of one stream.
-	maxReported = 1000
-	maxReason   = 1024
+	// The server refuses a report that is over its bounds, whole. So every workload
+	// has a share that it cannot leave: none can keep the others from being heard.
+	maxReportBytes  = 3 << 20 // over the node
+	maxStreams      = 32      // of one workload
+	maxReported     = 1000    // resources of one workload
+	maxReason       = 1024
+	maxClient       = 256
+	resourceMinimum = 16 // bytes a resource takes beside its texts
 )
 
 // Reports collects what the node's workloads are served and have applied, and
@@ -227,13 +232,14 @@ func (r *Reports) build() (req *castellanv1.ReportRequest, known bool) {
 		if state.PodUID == "" {
 			continue // who it is has not been read yet
 		}
-		req.Workloads = append(req.Workloads, w.report(state))
+		req.Workloads = append(req.Workloads, w.report(state, maxReportBytes/len(r.workloads)))
 	}
 	slices.SortFunc(req.Workloads, func(a, b *castellanv1.WorkloadReport) int { return cmp.Compare(a.PodUid, b.PodUid) })
 	return req, known
 }
 
-func (w *Reporter) report(state *svid.Snapshot) *castellanv1.WorkloadReport {
+// report says what there is of one workload, in about so many bytes.
+func (w *Reporter) report(state *svid.Snapshot, bytes int) *castellanv1.WorkloadReport {
 	account := state.Workload.Account()
 	out := &castellanv1.WorkloadReport{PodUid: state.PodUID, Namespace: account.Namespace(), ServiceAccount: account.Name()}
 	if state.SVID != nil {
@@ -242,23 +248,49 @@ func (w *Reporter) report(state *svid.Snapshot) *castellanv1.WorkloadReport {
 	for s := range w.streams {
 		out.Streams = append(out.Streams, s.report())
 	}
-	slices.SortFunc(out.Streams, func(a, b *castellanv1.StreamReport) int { return cmp.Compare(a.Client, b.Client) })
+	slices.SortFunc(out.Streams, func(a, b *castellanv1.StreamReport) int {
+		return cmp.Or(cmp.Compare(refusals(b), refusals(a)), cmp.Compare(a.Client, b.Client))
+	})
+	out.Streams = out.Streams[:min(len(out.Streams), maxStreams)]
+	if len(out.Streams) == 0 {
+		return out
+	}
+	// Equal parts, so that the proxy is heard whatever else is open.
+	resources, bytes := maxReported/len(out.Streams), bytes/len(out.Streams)
+	for _, s := range out.Streams {
+		left, n := bytes, 0
+		for n < min(len(s.Resources), resources) && left > 0 {
+			r := s.Resources[n]
+			left -= resourceMinimum + len(r.TypeUrl) + len(r.Name) + len(r.Acked) + len(r.Nacked) + len(r.Reason)
+			n++
+		}
+		s.Resources = s.Resources[:n]
+	}
 	return out
+}
+
+func refusals(s *castellanv1.StreamReport) int {
+	n := 0
+	for _, r := range s.Resources {
+		if r.Nacked != "" {
+			n++
+		}
+	}
+	return min(n, 1)
 }
 
 func (s *stream) report() *castellanv1.StreamReport {
 	out := &castellanv1.StreamReport{Client: s.api}
 	if s.client != "" {
-		out.Client = s.api + ":" + s.client
+		out.Client = s.api + ":" + s.client[:min(len(s.client), maxClient)]
 	}
 	for _, r := range s.resources {
 		out.Resources = append(out.Resources, r)
 	}
-	// What matters most comes first, so that the bound cuts the rest.
+	// What matters most comes first, so that the bounds cut the rest.
 	slices.SortFunc(out.Resources, func(a, b *castellanv1.ResourceReport) int {
 		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a.TypeUrl, b.TypeUrl), cmp.Compare(a.Name, b.Name))
 	})
-	out.Resources = out.Resources[:min(len(out.Resources), maxReported)]
 	return out
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"castellan.dev/agent/agenttest"
@@ -315,6 +316,63 @@ func TestReports(t *testing.T) {
 		})
 	})
 	w.Close()
+}
+
+func TestNoWorkloadMakesTheReportTooLarge(t *testing.T) {
+	s := agenttest.New(t)
+	f := follow(t, s)
+	greedy := f.Reports.Workload(f.own)
+	reason := strings.Repeat("x", 1024)
+	for n := range 200 {
+		o, end := greedy.Stream("ads")
+		t.Cleanup(end)
+		o.(xds.NodeObserver).Node(fmt.Sprintf("client-%03d", n))
+		versions := map[string]string{}
+		for m := range 500 {
+			versions[fmt.Sprintf("shop/s%04d", m)] = "v1"
+		}
+		o.Acked(upstream.TypeServiceIdentity, versions)
+		if n%2 == 0 {
+			o.Nacked(upstream.TypeServiceIdentity, versions, reason)
+		}
+	}
+	// Reports of 30 such workloads are still one that the server takes.
+	for range 29 {
+		w := f.Reports.Workload(f.own)
+		for n := range 40 {
+			o, end := w.Stream("ads")
+			t.Cleanup(end)
+			versions := map[string]string{}
+			for m := range 100 {
+				versions[fmt.Sprintf("shop/s%04d", m)] = "v1"
+			}
+			o.(xds.NodeObserver).Node(fmt.Sprint(n))
+			o.Nacked(upstream.TypeServiceIdentity, versions, reason)
+		}
+	}
+	eventually(t, func() error {
+		reports := s.Reports()
+		if len(reports) == 0 || len(reports[len(reports)-1].GetWorkloads()) != 30 {
+			return fmt.Errorf("not reported")
+		}
+		r := reports[len(reports)-1]
+		if size := proto.Size(r); size > 4<<20 {
+			t.Fatalf("a report of %d bytes, the server takes 4 MiB", size)
+		}
+		for _, w := range r.GetWorkloads() {
+			resources := 0
+			for _, st := range w.GetStreams() {
+				resources += len(st.GetResources())
+			}
+			if len(w.GetStreams()) > 64 || resources > 10_000 {
+				t.Fatalf("%d streams with %d resources, the server takes 64 with 10000", len(w.GetStreams()), resources)
+			}
+		}
+		if last := r.GetWorkloads()[29].GetStreams(); len(last) == 0 {
+			return fmt.Errorf("a workload is not heard")
+		}
+		return nil
+	})
 }
 
 func TestARootsFileThatChangesEndsTheStream(t *testing.T) {

@@ -176,10 +176,10 @@ func TestClientThatHoldsMuchReconnects(t *testing.T) {
 	for i := range 4000 {
 		name := fmt.Sprintf("namespace-%04d/some-service-of-the-mesh", i)
 		before = append(before, name+"=1")
-		switch {
-		case i%1000 == 1: // gone while there is no stream
+		switch i % 1000 {
+		case 1: // gone while there is no stream
 			continue
-		case i%1000 == 2:
+		case 2:
 			after = append(after, name+"=2")
 		default:
 			after = append(after, name+"=1")
