@@ -6,6 +6,8 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -165,4 +167,44 @@ func TestDenyAllEndsRequestsInFlight(t *testing.T) {
 	r.agent.policy.DenyAll, r.agent.policy.DenyReason = true, "test"
 	r.agent.publish(strict + everybody)
 	s.cut()
+}
+
+// Judging what is in flight and serving go on side by side: whatever the policy
+// of the moment, a request is answered by it or cut off.
+func TestPolicyChangesUnderLoad(t *testing.T) {
+	r, ca := streamMesh(t, "http", strict+everybody)
+	ctx, cancel := context.WithCancel(context.Background())
+	var loading sync.WaitGroup
+	var served atomic.Int64
+	for _, c := range streamClients(t, ca) {
+		for range 4 {
+			loading.Go(func() {
+				for ctx.Err() == nil {
+					req, _ := http.NewRequestWithContext(ctx, "POST", "https://"+r.inbound+"/up", strings.NewReader("a line\n"))
+					resp, err := c.Do(req)
+					if err != nil {
+						continue
+					}
+					_, err = io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+					switch {
+					case resp.StatusCode == 200 && err == nil:
+						served.Add(1)
+					case resp.StatusCode != 200 && resp.StatusCode != 403:
+						t.Errorf("%s", resp.Status)
+					}
+				}
+			})
+		}
+	}
+	for range 10 {
+		r.agent.publish(denyRule(`{to: [{operation: {paths: ["/up"]}}]}`))
+		r.agent.settled()
+		r.agent.publish(strict + everybody)
+		r.agent.settled()
+		before := served.Load()
+		eventually(t, "served again", func() bool { return served.Load() > before })
+	}
+	cancel()
+	loading.Wait()
 }
