@@ -90,7 +90,7 @@ func checkNames(path string, tree any, t reflect.Type) error {
 	case map[string]any:
 		for name, value := range v {
 			at := strings.TrimPrefix(path+"."+name, ".")
-			child := t
+			var child reflect.Type
 			switch t.Kind() {
 			case reflect.Struct:
 				var ok bool
