@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
+	"slices"
 	"strings"
 
 	"sigs.k8s.io/yaml"
@@ -88,7 +90,8 @@ func checkNames(path string, tree any, t reflect.Type) error {
 	}
 	switch v := tree.(type) {
 	case map[string]any:
-		for name, value := range v {
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			value := v[name]
 			at := strings.TrimPrefix(path+"."+name, ".")
 			var child reflect.Type
 			switch t.Kind() {
