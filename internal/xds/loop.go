@@ -66,6 +66,9 @@ func serve[Req, Resp any](tr transport[Req, Resp], m machine[Req, Resp], w *watc
 		case url := <-w.announced:
 			m.refresh(url)
 		case err := <-sent:
+			if err != nil && ctx.Err() != nil {
+				return nil // the end, seen by the sender first
+			}
 			if err != nil {
 				return err
 			}
@@ -75,7 +78,7 @@ func serve[Req, Resp any](tr transport[Req, Resp], m machine[Req, Resp], w *watc
 			return status.Error(codes.Unavailable, "responses are not being read")
 		case <-held.C:
 		case err := <-received:
-			if errors.Is(err, io.EOF) || status.Code(err) == codes.Canceled {
+			if errors.Is(err, io.EOF) || status.Code(err) == codes.Canceled || ctx.Err() != nil {
 				return nil
 			}
 			return err
