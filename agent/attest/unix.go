@@ -74,6 +74,9 @@ func Listen(cfg UnixConfig) (*Listener, error) {
 	if err := makeDir(dir); err != nil {
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
 	}
+	if err := checkDir(dir); err != nil {
+		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
+	}
 	unlock, err := lockDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
@@ -122,6 +125,19 @@ func makeDirParent(dir string) error {
 		return nil
 	}
 	return makeDir(parent)
+}
+
+// checkDir refuses a directory in which others could put a socket of their own in
+// the place of ours, and be taken for the agent. The sticky bit keeps them from it.
+func checkDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
+		return fmt.Errorf("the directory %q may be written by others (mode %v), who could replace the socket; chmod go-w it, or choose another", dir, info.Mode())
+	}
+	return nil
 }
 
 // A lock is tried for a second: another agent may be opening a socket here.

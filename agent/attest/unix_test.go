@@ -256,6 +256,27 @@ func TestWhatIsInTheWay(t *testing.T) {
 			t.Errorf("the file is %q now", data)
 		}
 	})
+	t.Run("a directory that others may write to", func(t *testing.T) {
+		for mode, want := range map[os.FileMode]string{
+			0o777: "may be written by others (mode drwxrwxrwx), who could replace the socket; chmod go-w it, or choose another",
+			0o775: "may be written by others (mode drwxrwxr-x)", 0o777 | os.ModeSticky: "", 0o755: "",
+		} {
+			dir := filepath.Join(tempDir(t), "run")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chmod(dir, mode); err != nil {
+				t.Fatal(err)
+			}
+			l, err := attest.Listen(attest.UnixConfig{Path: filepath.Join(dir, "socket")})
+			if err == nil {
+				l.Close()
+			}
+			if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+				t.Errorf("%v: got %v, want %q", mode, err, want)
+			}
+		}
+	})
 	t.Run("too long a path", func(t *testing.T) {
 		path := "/tmp/" + strings.Repeat("x", 103)
 		_, err := attest.Listen(attest.UnixConfig{Path: path})

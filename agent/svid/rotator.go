@@ -1,11 +1,9 @@
 package svid
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 
@@ -52,6 +50,7 @@ type Rotator struct {
 	mu      sync.Mutex
 	entries map[*Source]*entry
 	busy    int
+	failing int // of busy, those that failed before
 	trust   trustState
 }
 
@@ -66,6 +65,7 @@ type entry struct {
 	failures int
 	problem  error
 	inFlight bool
+	again    bool // what is in flight failed before
 	workload identity.Workload
 	podUID   string
 	// Of the last attempt: what the token file was, and which pod it named.
@@ -128,9 +128,10 @@ func (r *Rotator) Remove(s *Source) {
 func (r *Rotator) Retry() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	now := r.moment() // one for all: they are equally due, and go by expiry
 	for _, e := range r.entries {
 		if e.problem != nil && caclient.KindOf(e.problem) == caclient.Unreachable && caclient.RetryAfter(e.problem) == 0 {
-			e.due = r.moment()
+			e.due = now
 		}
 	}
 	r.nudge()
@@ -184,62 +185,6 @@ func (r *Rotator) moment() moment {
 	return moment{wall: r.cfg.Now().Round(0), elapsed: r.cfg.Elapsed()}
 }
 
-// pick re-reads the clocks, shows what has expired (or is valid again), and
-// takes the due identities there is room for, nearest expiry first.
-func (r *Rotator) pick() []*entry {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := r.moment()
-	var due []*entry
-	for _, e := range r.entries {
-		if shown, _ := e.source.Current(); shown.Status != e.status(now.wall) {
-			r.publish(e)
-			if e.status(now.wall) == Expired && !e.due.reached(now) && e.due.elapsed-now.elapsed > startingWait {
-				e.due = now.after(startingWait) // the wait was planned while there was something to serve
-			}
-		}
-		if !e.inFlight && e.due.reached(now) {
-			due = append(due, e)
-		}
-	}
-	slices.SortFunc(due, func(a, b *entry) int { return cmp.Compare(a.expiry(), b.expiry()) })
-	due = due[:min(len(due), r.cfg.Concurrency-r.busy)]
-	for _, e := range due {
-		e.inFlight = true
-	}
-	r.busy += len(due)
-	return due
-}
-
-// expiry orders entries: those without anything to serve come first.
-func (e *entry) expiry() int64 {
-	if e.svid == nil {
-		return 0
-	}
-	return e.svid.NotAfter.UnixNano()
-}
-
-// sleep returns when to look again.
-func (r *Rotator) sleep() time.Duration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := r.moment()
-	wait := longestSleep
-	for _, e := range r.entries {
-		if e.svid != nil {
-			wait = min(wait, max(e.life/20, shortestWatch))
-			if left := e.svid.NotAfter.Sub(now.wall); left > 0 {
-				wait = min(wait, left)
-			}
-		}
-		// With no room, the end of a call wakes the scheduler.
-		if !e.inFlight && r.busy < r.cfg.Concurrency {
-			wait = min(wait, e.due.elapsed-now.elapsed)
-		}
-	}
-	return max(wait, shortestSleep)
-}
-
 // renew makes one attempt for e.
 func (r *Rotator) renew(ctx context.Context, e *entry) {
 	started := r.cfg.Elapsed()
@@ -249,7 +194,10 @@ func (r *Rotator) renew(ctx context.Context, e *entry) {
 	defer r.mu.Unlock()
 	defer r.nudge()
 	r.busy--
-	e.inFlight = false
+	if e.again {
+		r.failing--
+	}
+	e.inFlight, e.again = false, false
 	if _, kept := r.entries[e.source]; !kept || (err != nil && ctx.Err() != nil) {
 		return
 	}

@@ -3,9 +3,11 @@ package svid_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -481,6 +483,43 @@ func TestOneFailingDoesNotHoldUpAnother(t *testing.T) {
 			synctest.Wait()
 			if now := state(other); now.Status != svid.Valid {
 				t.Fatalf("%v", now.Status)
+			}
+		}
+	})
+}
+
+func TestManyThatHangDoNotHoldUpTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIssuer(t, time.Minute)
+		i.before = func(ctx context.Context, name string) error {
+			if strings.HasPrefix(name, "hangs/") {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
+		}
+		r, source := rotate(t, i, nil)
+		for n := range 100 {
+			name := fmt.Sprintf("hangs/w%d", n)
+			r.Add(svid.Identity{Account: parseAccount(t, name), Token: token(t, name, name)})
+		}
+		for range 600 {
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if now := state(source); now.Status != svid.Valid {
+				t.Fatalf("%v", now.Status)
+			}
+		}
+		asked := map[string]int{}
+		for _, c := range i.asked() {
+			asked[c.account]++
+		}
+		if len(asked) != 101 {
+			t.Errorf("%d of 101 identities were asked for", len(asked))
+		}
+		for name, n := range asked {
+			if name != account && n < 3 {
+				t.Errorf("%s had %d attempts in 10 minutes", name, n)
 			}
 		}
 	})
