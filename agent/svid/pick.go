@@ -28,10 +28,10 @@ func (r *Rotator) pick() []*entry {
 	var picked []*entry
 	for _, e := range due {
 		if r.room(e) {
-			e.inFlight, e.again = true, e.failures > 0
+			e.inFlight, e.unproved = true, !e.proved()
 			r.busy++
-			if e.again {
-				r.failing++
+			if e.unproved {
+				r.unproved++
 			}
 			picked = append(picked, e)
 		}
@@ -39,14 +39,17 @@ func (r *Rotator) pick() []*entry {
 	return picked
 }
 
-// room reports whether e may be asked for now. What failed before does not get
-// every place: were it to hang each time, it would hold them all, and what can be
-// renewed would expire. Caller holds r.mu.
+// proved holds where the last attempt was answered with a certificate.
+func (e *entry) proved() bool { return e.svid != nil && e.failures == 0 }
+
+// room reports whether e may be asked for now. What is new or failed before does
+// not get every place: were it to hang each time, it would hold them all, and
+// what can be renewed would expire. Caller holds r.mu.
 func (r *Rotator) room(e *entry) bool {
 	if r.busy >= r.cfg.Concurrency {
 		return false
 	}
-	return e.failures == 0 || r.failing < max(r.cfg.Concurrency*3/4, 1)
+	return e.proved() || r.unproved < r.cfg.Concurrency-r.cfg.Concurrency/4
 }
 
 // order puts nearest expiry first. Those that failed before come after, each in

@@ -47,11 +47,11 @@ type Rotator struct {
 	cfg  Config
 	wake chan struct{} // capacity 1
 
-	mu      sync.Mutex
-	entries map[*Source]*entry
-	busy    int
-	failing int // of busy, those that failed before
-	trust   trustState
+	mu       sync.Mutex
+	entries  map[*Source]*entry
+	busy     int
+	unproved int // of busy, those without an answer the last time
+	trust    trustState
 }
 
 // entry is one identity's state, guarded by Rotator.mu.
@@ -65,7 +65,7 @@ type entry struct {
 	failures int
 	problem  error
 	inFlight bool
-	again    bool // what is in flight failed before
+	unproved bool // what is in flight has had no answer the last time
 	workload identity.Workload
 	podUID   string
 	// Of the last attempt: what the token file was, and which pod it named.
@@ -194,10 +194,10 @@ func (r *Rotator) renew(ctx context.Context, e *entry) {
 	defer r.mu.Unlock()
 	defer r.nudge()
 	r.busy--
-	if e.again {
-		r.failing--
+	if e.unproved {
+		r.unproved--
 	}
-	e.inFlight, e.again = false, false
+	e.inFlight, e.unproved = false, false
 	if _, kept := r.entries[e.source]; !kept || (err != nil && ctx.Err() != nil) {
 		return
 	}

@@ -510,9 +510,17 @@ func TestManyThatHangDoNotHoldUpTheOthers(t *testing.T) {
 				t.Fatalf("%v", now.Status)
 			}
 		}
-		asked := map[string]int{}
+		asked, last := map[string]int{}, time.Time{}
 		for _, c := range i.asked() {
 			asked[c.account]++
+			if c.account != account {
+				continue
+			}
+			// At half-life, at the latest 55 %, and not when a place happens to be free.
+			if !last.IsZero() && c.at.Sub(last) > 34*time.Second {
+				t.Errorf("renewed %v after the last time", c.at.Sub(last))
+			}
+			last = c.at
 		}
 		if len(asked) != 101 {
 			t.Errorf("%d of 101 identities were asked for", len(asked))
