@@ -37,16 +37,20 @@ func (e *env) validateCommand() *cobra.Command {
 		Use:   "validate -f FILE_OR_DIR…",
 		Short: "Check policies as the server does before it admits them",
 		Long:  "Exit code 0 when every document is valid (warnings are allowed), 3 otherwise.",
-		Args:  noArgs,
 	}
 	cmd.Flags().StringArrayVarP(&files, "filename", "f", nil, "file or directory of policies, - for standard input (repeats)")
-	cmd.Flags().StringVar(&meshFile, "mesh", "", "mesh settings: YAML with the keys of `mesh:` at top level")
+	cmd.Flags().StringVar(&meshFile, "mesh", "", "`FILE` with mesh settings: YAML, the keys of the server's mesh section at top level")
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
-	cmd.RunE = func(*cobra.Command, []string) error {
+	cmd.RunE = func(_ *cobra.Command, args []string) error {
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
+		// What a shell makes of `-f *.yaml`.
+		if len(args) > 0 && len(files) == 0 {
+			return invalidf("give files with -f")
+		}
+		files = append(files, args...)
 		if len(files) == 0 {
 			return invalidf("-f is required: a file or directory of policies, or - for standard input")
 		}
@@ -92,6 +96,7 @@ func loadMesh(path, trustDomain string) (policy.Mesh, error) {
 // that is named and holds none is a mistake.
 func (e *env) readPolicies(paths []string, mesh policy.Mesh) ([]discovery.FileDocument, error) {
 	var docs []discovery.FileDocument
+	seen := map[string]bool{}
 	for _, path := range paths {
 		got, err := e.readPath(path)
 		if err != nil {
@@ -100,7 +105,18 @@ func (e *env) readPolicies(paths []string, mesh policy.Mesh) ([]discovery.FileDo
 		if info, err := os.Stat(path); len(got) == 0 && (err != nil || !info.IsDir()) {
 			return nil, invalidf("-f %s holds no policy", path)
 		}
-		docs = append(docs, got...)
+		for _, d := range got {
+			// A file that is named itself and by its directory is read once.
+			file, err := absolute(d.File)
+			if err != nil {
+				return nil, err
+			}
+			at := fmt.Sprintf("%s:%d", file, d.Line)
+			if !seen[at] {
+				docs = append(docs, d)
+			}
+			seen[at] = true
+		}
 	}
 	return discovery.Admit(docs, mesh), nil
 }
@@ -152,7 +168,7 @@ func (e *env) printDocuments(docs []discovery.FileDocument, format string) error
 	views := make([]documentView, 0, len(docs))
 	for _, d := range docs {
 		v := documentView{
-			File: d.File, Line: d.Line, Kind: d.Document.Kind, Namespace: d.Document.Metadata.Namespace, Name: d.Document.Metadata.Name,
+			File: d.File, Line: d.Line, Kind: d.Ref.Kind, Namespace: d.Ref.Namespace, Name: d.Ref.Name,
 			Valid: !d.Refused(), Findings: d.Findings,
 		}
 		if v.Findings == nil {
@@ -172,15 +188,15 @@ func printDocumentTable(w io.Writer, views []documentView) error {
 		if !v.Valid {
 			verdict = "INVALID"
 		}
-		name := fmt.Sprintf("%s %s/%s", v.Kind, v.Namespace, v.Name)
+		name := visible(fmt.Sprintf("%s %s/%s", v.Kind, v.Namespace, v.Name))
 		if v.Name == "" {
 			name = "document"
 		}
-		if _, err := fmt.Fprintf(w, "%s:%d: %s: %s\n", v.File, v.Line, name, verdict); err != nil {
+		if _, err := fmt.Fprintf(w, "%s:%d: %s: %s\n", visible(v.File), v.Line, name, verdict); err != nil {
 			return err
 		}
 		for _, f := range v.Findings {
-			if _, err := fmt.Fprintf(w, "    %s\n", f); err != nil {
+			if _, err := fmt.Fprintf(w, "    %s\n", visible(f.String())); err != nil {
 				return err
 			}
 		}

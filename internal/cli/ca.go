@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -99,7 +100,9 @@ func viewStatus(s *castellanv1.AuthorityStatus) (caStatusView, error) {
 		if err != nil {
 			return view, fmt.Errorf("the server's %s: %w", c.GetRole(), err)
 		}
-		view.Certificates = append(view.Certificates, authorityView{Role: c.GetRole(), certView: describe(cert, now)})
+		described := describe(cert, now)
+		described.SelfSigned = selfSigned(cert)
+		view.Certificates = append(view.Certificates, authorityView{Role: c.GetRole(), certView: described})
 	}
 	return view, nil
 }
@@ -160,6 +163,11 @@ func (e *env) caIssuedCommand() *cobra.Command {
 		if req.Until, err = parseWhen("--until", until); err != nil {
 			return err
 		}
+		if req.SpiffeId != "" {
+			if _, err := spiffeid.FromString(req.SpiffeId); err != nil {
+				return invalidf("--id %q: %w; want spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT", req.SpiffeId, err)
+			}
+		}
 		_, conn, err := adminConn(*upPath)
 		if err != nil {
 			return err
@@ -176,7 +184,7 @@ func (e *env) caIssuedCommand() *cobra.Command {
 		t := tabwriter.NewWriter(e.out, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(t, "CREATED\tSPIFFE ID\tSERIAL\tVALID UNTIL\tNODE\tOUTCOME")
 		for _, r := range rows {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", r.CreatedAt.Format(time.RFC3339), r.SPIFFEID, r.Serial, r.NotAfter.Format(time.RFC3339), r.Node, r.Outcome)
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", r.CreatedAt.Format(time.RFC3339), orDash(r.SPIFFEID), r.Serial, r.NotAfter.Format(time.RFC3339), orDash(r.Node), r.Outcome)
 		}
 		return t.Flush()
 	}

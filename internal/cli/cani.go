@@ -58,7 +58,7 @@ otherwise, and listens on port 8080 unless --port does.`,
 	f.StringVar(&q.remoteIP, "remote-ip", "", "original client's address, as trusted proxies told it (default: what X-Forwarded-For says, if mesh settings trust it; else --source-ip)")
 	f.StringVar(&q.sni, "sni", "", "server name of the TLS handshake")
 	f.StringArrayVar(&q.toLabels, "to-labels", nil, "labels of the receiver, k=v[,k=v] (repeats)")
-	f.StringVar(&q.meshFile, "mesh", "", "mesh settings: YAML with the keys of `mesh:` at top level")
+	f.StringVar(&q.meshFile, "mesh", "", "`FILE` with mesh settings: YAML, the keys of the server's mesh section at top level")
 	f.StringArrayVarP(&q.files, "filename", "f", nil, "file or directory of policies, - for standard input (repeats)")
 	f.BoolVar(&q.explain, "explain", false, "say how the decision came about, step by step")
 	upPath := upFlag(cmd)

@@ -121,7 +121,9 @@ func lifeUsed(c *x509.Certificate, now time.Time) float64 {
 }
 
 // nameOf returns the SPIFFE ID of a certificate, or else its subject, or its serial.
-func nameOf(c *x509.Certificate) string {
+func nameOf(c *x509.Certificate) string { return visible(rawNameOf(c)) }
+
+func rawNameOf(c *x509.Certificate) string {
 	for _, u := range c.URIs {
 		if u.Scheme == "spiffe" && (u.Path != "" || c.Subject.String() == "") {
 			return u.String()
@@ -235,7 +237,7 @@ func printTree(b *strings.Builder, views []certView, i int, indent string, depth
 		fmt.Fprintf(b, "%s└─ signed by ", indent)
 		indent += "   "
 	}
-	fmt.Fprintf(b, "%s\n", bold(displayName(v), colored))
+	fmt.Fprintf(b, "%s\n", bold(visible(displayName(v)), colored))
 	more := v.issuerIndex >= 0 && depth < len(views)
 	bar := indent + "   "
 	if more {
@@ -272,6 +274,9 @@ func viewLines(v certView, colored bool) [][2]string {
 	lines := [][2]string{}
 	add := func(name, value string) {
 		if value != "" {
+			if name != "valid" { // which holds colours of our own, and nobody else's text
+				value = visible(value)
+			}
 			lines = append(lines, [2]string{name, value})
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"fmt"
+	"net/url"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -67,11 +68,7 @@ which changes nothing in the exit code. Exit code 2 when there are findings.`,
 
 func (e *env) printFindings(findings []lintFinding, certs int) error {
 	if len(findings) == 0 {
-		plural := "s"
-		if certs == 1 {
-			plural = ""
-		}
-		_, err := fmt.Fprintf(e.out, "%d certificate%s, no findings\n", certs, plural)
+		_, err := fmt.Fprintf(e.out, "%s, no findings\n", count(certs, "certificate"))
 		return err
 	}
 	for _, f := range findings {
@@ -110,6 +107,14 @@ func lintChain(certs []*x509.Certificate, web bool) ([]lintFinding, error) {
 	return findings, nil
 }
 
+// fqdnLint wants a URI's host to be a full domain name (RFC 5280 4.2.1.6). The host
+// of a SPIFFE ID is a trust domain, which need not be one (SPIFFE-ID 2.1).
+const fqdnLint = "e_ext_san_uri_host_not_fqdn_or_ip"
+
+func onlySPIFFE(c *x509.Certificate) bool {
+	return !slices.ContainsFunc(c.URIs, func(u *url.URL) bool { return u.Scheme != "spiffe" })
+}
+
 func zlintFindings(c *x509.Certificate, name, source string, registry lint.Registry) []lintFinding {
 	parsed, err := zx509.ParseCertificate(c.Raw)
 	if err != nil {
@@ -120,6 +125,9 @@ func zlintFindings(c *x509.Certificate, name, source string, registry lint.Regis
 	for rule, r := range results.Results {
 		severity := map[lint.LintStatus]string{lint.Warn: "warning", lint.Error: "error", lint.Fatal: "error"}[r.Status]
 		if severity == "" {
+			continue
+		}
+		if rule == fqdnLint && source == "RFC" && onlySPIFFE(c) {
 			continue
 		}
 		message := r.Details

@@ -87,9 +87,9 @@ func (e *env) printChecks(results []checkResult) error {
 	mark := map[string]string{checkOK: "√", checkWarn: "!", checkFail: "×"}
 	colored := color(e.out)
 	for _, r := range results {
-		line := mark[r.Status] + " " + r.Check
+		line := mark[r.Status] + " " + visible(r.Check)
 		if r.Message != "" {
-			line += ": " + r.Message
+			line += ": " + visible(r.Message)
 		}
 		if r.Status == checkFail {
 			line = alarm(line, colored)
@@ -98,7 +98,7 @@ func (e *env) printChecks(results []checkResult) error {
 			return err
 		}
 		if r.Hint != "" {
-			if _, err := fmt.Fprintf(e.out, "    hint: %s\n", r.Hint); err != nil {
+			if _, err := fmt.Fprintf(e.out, "    hint: %s\n", visible(r.Hint)); err != nil {
 				return err
 			}
 		}
@@ -144,7 +144,7 @@ func (c *checker) bundle() {
 		}
 	}
 	c.roots = roots
-	c.verdict("bundle", err, fmt.Sprintf("%d roots", len(roots)), "the server writes it at start; see the server's log")
+	c.verdict("bundle", err, count(len(roots), "root"), "the server writes it at start; see the server's log")
 }
 
 func (c *checker) process(name string, pid int) {
@@ -211,6 +211,9 @@ func (c *checker) authorities() {
 	if err != nil {
 		c.verdict("authorities", err, "", "the server and this command are of different versions?")
 		return
+	}
+	for _, p := range status.GetProblems() {
+		c.add("server", checkFail, p, "mend what it names; until then the last good state is in force")
 	}
 	for _, a := range view.Certificates {
 		name := "authority " + a.Role
@@ -285,9 +288,9 @@ func (c *checker) policy(p *castellanv1.PolicyStatus) {
 	if p.GetName() == "" {
 		name = "policy file " + p.GetFile()
 	}
-	consequence := "workloads it could select deny everything until it is mended"
+	consequence := "mend it; where it could select a workload, that workload denies everything until then"
 	if p.GetLastGoodInForce() {
-		consequence = "its last good version stays in force until it is mended"
+		consequence = "mend it; its last good version stays in force until then"
 	}
 	for _, f := range p.GetFindings() {
 		where := p.GetFile() + ": " + f.GetField()

@@ -31,6 +31,8 @@ const (
 type env struct {
 	in       io.Reader
 	out, err io.Writer
+	// command is how the user calls us.
+	command string
 }
 
 // sharedWriter takes lines from several goroutines.
@@ -63,8 +65,14 @@ func Main(args []string, in io.Reader, out, errw io.Writer) int {
 	ctx, stop := run.WithSignals(context.Background())
 	defer stop()
 	errw = &sharedWriter{w: errw} // progress is said while the work goes on
-	e := &env{in: in, out: out, err: errw}
-	root := e.root(filepath.Base(args[0]))
+	e := &env{in: in, out: out, err: errw, command: args[0]}
+	name := filepath.Base(args[0])
+	// kubectl runs plugins as kubectl-NAME; help then shows what the user types.
+	if plugin, ok := strings.CutPrefix(name, "kubectl-"); ok {
+		name = "kubectl " + plugin
+		e.command = name
+	}
+	root := e.root(name)
 	root.SetArgs(args[1:])
 	root.SetIn(in)
 	root.SetOut(out)
@@ -91,15 +99,10 @@ func (e *env) exitCode(err error) int {
 }
 
 func (e *env) root(name string) *cobra.Command {
-	// kubectl runs plugins as kubectl-NAME; help then shows what the user types.
-	use := name
-	if plugin, ok := strings.CutPrefix(name, "kubectl-"); ok {
-		use = "kubectl " + plugin
-	}
 	root := &cobra.Command{
 		Use:           "castellan",
 		Short:         "Identities, certificates and access policy for workloads",
-		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: use},
+		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: name},
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          noneOf,

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
@@ -27,6 +30,25 @@ func checkOutput(format string, formats ...string) error {
 	return nil
 }
 
+// visible returns s with what a terminal would act on, or a reader not see, in
+// escaped form. Names in certificates and policies are other people's: printed raw
+// they could forge lines or move the cursor.
+func visible(s string) string {
+	plain := func(r rune) bool { return unicode.IsPrint(r) }
+	if strings.IndexFunc(s, func(r rune) bool { return !plain(r) }) < 0 && utf8.ValidString(s) {
+		return s
+	}
+	var b strings.Builder
+	for _, r := range s {
+		if plain(r) && r != utf8.RuneError {
+			b.WriteRune(r)
+		} else {
+			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+		}
+	}
+	return b.String()
+}
+
 // writeData writes v as JSON or YAML.
 func writeData(w io.Writer, format string, v any) error {
 	out, err := json.MarshalIndent(v, "", "  ")
@@ -42,4 +64,20 @@ func writeData(w io.Writer, format string, v any) error {
 	}
 	_, err = fmt.Fprintf(w, "%s\n", out)
 	return err
+}
+
+// count says how many there are of what.
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// orDash keeps a table's columns where there is nothing to say.
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
 }

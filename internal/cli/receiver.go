@@ -125,17 +125,21 @@ func (s *setting) receiver(q *canI, known *workloads.File) error {
 	if err != nil {
 		return err
 	}
-	found, host, err := findReceiver(q.to, known)
+	found, service, err := findReceiver(q.to, known)
 	if err != nil {
 		return err
 	}
-	ports := map[uint16]string{}
+	ports, host := map[uint16]string{}, ""
 	account := identity.Account{}
 	if found != nil {
 		if account, err = identity.NewAccount(found.Namespace, found.ServiceAccount); err != nil {
 			return err
 		}
 		s.workload.Labels = found.Labels
+		host = found.ServiceAccount + "." + found.Namespace
+		if service != nil {
+			host = service.Name + "." + service.Namespace
+		}
 		for _, p := range found.Ports {
 			ports[p.Number] = p.Protocol
 			if s.port == 0 {
@@ -156,7 +160,9 @@ func (s *setting) receiver(q *canI, known *workloads.File) error {
 			s.workload.Labels[l[0]] = l[1]
 		}
 	}
-	if q.port != 0 {
+	// Policy speaks of the workload's ports; where there is one, a service's port leads to it.
+	_, declared := ports[q.port]
+	if led := !declared && len(ports) == 1 && hasPort(service, q.port); q.port != 0 && !led {
 		s.port = q.port
 	}
 	if s.host = host; q.host != "" {
@@ -175,35 +181,44 @@ func splitComma(args []string) []string {
 	return out
 }
 
-// findReceiver looks --to up among the declared workloads and services; nil where
-// there is no mesh to ask.
-func findReceiver(to string, known *workloads.File) (*workloads.Workload, string, error) {
+func hasPort(service *workloads.Service, port uint16) bool {
+	return service != nil && slices.ContainsFunc(service.Ports, func(p workloads.ServicePort) bool { return p.Number == port })
+}
+
+// findReceiver looks --to up among the declared workloads and services, by which
+// name it also is a service; nil where there is no mesh to ask.
+func findReceiver(to string, known *workloads.File) (*workloads.Workload, *workloads.Service, error) {
 	if known == nil {
-		return nil, "", nil
+		return nil, nil, nil
+	}
+	var matches []*workloads.Service
+	for i, svc := range known.Services {
+		if to == svc.Namespace+"/"+svc.Name || to == svc.Name || slices.Contains(svc.Hosts, to) {
+			matches = append(matches, &known.Services[i])
+		}
 	}
 	for i, w := range known.Workloads {
 		if to == w.Namespace+"/"+w.ServiceAccount {
-			return &known.Workloads[i], w.ServiceAccount + "." + w.Namespace, nil
-		}
-	}
-	var matches []workloads.Service
-	for _, svc := range known.Services {
-		if to == svc.Namespace+"/"+svc.Name || to == svc.Name || slices.Contains(svc.Hosts, to) {
-			matches = append(matches, svc)
+			if len(matches) == 1 && serves(matches[0], w.PodUID) {
+				return &known.Workloads[i], matches[0], nil
+			}
+			return &known.Workloads[i], nil, nil
 		}
 	}
 	switch {
 	case len(matches) == 0:
-		return nil, "", invalidf("--to %q is neither a workload nor a service of this mesh", to)
+		return nil, nil, invalidf("--to %q is neither a workload nor a service of this mesh", to)
 	case len(matches) > 1:
-		return nil, "", invalidf("--to %q is a service in several namespaces; give NAMESPACE/SERVICE", to)
+		return nil, nil, invalidf("--to %q is a service in several namespaces; give NAMESPACE/SERVICE", to)
 	}
-	for _, ep := range matches[0].Endpoints {
-		for i, w := range known.Workloads {
-			if w.PodUID == ep.Workload {
-				return &known.Workloads[i], matches[0].Name + "." + matches[0].Namespace, nil
-			}
+	for i, w := range known.Workloads {
+		if serves(matches[0], w.PodUID) {
+			return &known.Workloads[i], matches[0], nil
 		}
 	}
-	return nil, "", invalidf("--to %q is a service without workloads", to)
+	return nil, nil, invalidf("--to %q is a service without workloads", to)
+}
+
+func serves(service *workloads.Service, podUID string) bool {
+	return slices.ContainsFunc(service.Endpoints, func(e workloads.Endpoint) bool { return e.Workload == podUID })
 }

@@ -50,7 +50,7 @@ has the same root, the same trust and the same ports.`,
 			if *format == "json" {
 				printErr = writeData(e.out, "json", file)
 			} else {
-				printErr = file.Describe(e.out, upFile(cfg.DataDir))
+				printErr = file.Describe(e.out, e.command, upFile(cfg.DataDir))
 			}
 			if printErr != nil {
 				cancel()

@@ -204,6 +204,14 @@ func TestCanIUp(t *testing.T) {
 		ask("--to", "orders", "--tcp", "--port", "9100").want(t, 2)
 		ask("--to", "orders", "GET", "/", "--port", "80").want(t, 2, "shop/orders declares no port 80; give the workload's port, not the service's")
 	})
+	t.Run("a service's port leads to the workload's only one", func(t *testing.T) {
+		r := ask("--to", "shop/web", "GET", "/", "--port", "80", "--explain").want(t, 0, "mutual TLS on port 8080: ")
+		if r.err != "" {
+			t.Errorf("%s", r.err)
+		}
+		ask("--to", "shop/web", "GET", "/", "--port", "81", "--explain").want(t, 0, "mutual TLS on port 81: ", "shop/frontend declares no port 81")
+		ask("--to", "shop/frontend", "GET", "/", "--port", "80", "--explain").want(t, 0, "mutual TLS on port 80: ")
+	})
 	t.Run("nobody of that name", func(t *testing.T) {
 		ask("--to", "nosuch", "GET", "/").want(t, 3, `--to "nosuch" is neither a workload nor a service of this mesh`)
 		ask("--to", "shop/nosuch", "GET", "/").want(t, 3, "is neither a workload nor a service")
@@ -302,7 +310,7 @@ func TestCheck(t *testing.T) {
 		c, root := svid(t, m, "shop/orders")
 		m.workload("shop/orders", c, root)
 		r := castellanRun(t, "check", "--up", m.upFile).want(t, 0,
-			"√ bundle: 1 roots", "√ server process: pid ", "√ server ready", "√ server certificate: valid for 127.0.0.1", "√ agent ready",
+			"√ bundle: 1 root\n", "√ server process: pid ", "√ server ready", "√ server certificate: valid for 127.0.0.1", "√ agent ready",
 			"√ shop/orders SVID: "+ordersID, "√ shop/orders application: ",
 			"√ policy AuthorizationPolicy shop/orders: in force on 1 of 1 workloads it selects", "√ workload shop/orders: policy version v1 acknowledged")
 		if r.err != "" || strings.Contains(r.out, "×") {
@@ -348,11 +356,11 @@ func TestCheck(t *testing.T) {
 			p := m.policies.answer.GetPolicies()[0]
 			p.Accepted, p.LastGoodInForce, p.File = false, true, "orders.yaml"
 			p.Findings = []*castellanv1.PolicyFinding{{Severity: "error", Field: "spec.action", Value: "PERMIT", Reason: "unknown action"}}
-		}, []string{`× policy AuthorizationPolicy shop/orders: orders.yaml: spec.action: "PERMIT": unknown action`, "hint: its last good version stays in force until it is mended"}},
+		}, []string{`× policy AuthorizationPolicy shop/orders: orders.yaml: spec.action: "PERMIT": unknown action`, "hint: mend it; its last good version stays in force until then"}},
 		"policy refused": {func(_ *testing.T, m *liveMesh) {
 			p := m.policies.answer.GetPolicies()[0]
 			p.Accepted, p.File, p.Name = false, "orders.yaml", ""
-		}, []string{"× policy file orders.yaml: refused", "hint: workloads it could select deny everything until it is mended"}},
+		}, []string{"× policy file orders.yaml: refused", "hint: mend it; where it could select a workload, that workload denies everything until then"}},
 		"deny all": {func(_ *testing.T, m *liveMesh) {
 			w := m.policies.answer.GetWorkloads()[0]
 			w.DenyAll, w.DenyReason = true, "orders.yaml cannot be read"

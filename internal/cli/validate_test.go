@@ -58,7 +58,10 @@ func TestValidate(t *testing.T) {
 	})
 	t.Run("several at once, stdin, directory", func(t *testing.T) {
 		castellanRun(t, "authz", "validate", "-f", good, "-f", risky).want(t, 0, "shop/good: valid", "shop/risky: valid")
-		castellanRun(t, "authz", "validate", "-f", good, "-f", good).want(t, 3, "another AuthorizationPolicy of this name stands at")
+		castellanRun(t, "authz", "validate", "-f", good, "-f", writeFile(t, "copy.yaml", []byte(readFile(t, good)))).want(t, 3, "another AuthorizationPolicy of this name stands at")
+		// One file by two names is one file; and "-f *.yaml" is what a shell makes of it.
+		castellanRun(t, "authz", "validate", "-f", good, "-f", filepath.Dir(good)).want(t, 0, "shop/good: valid")
+		castellanRun(t, "authz", "validate", "-f", good, risky).want(t, 0, "shop/good: valid", "shop/risky: valid")
 		castellanWith(t, readFile(t, good), "authz", "validate", "-f", "-").want(t, 0, "standard input:")
 		dir := t.TempDir()
 		for _, name := range []string{"a.yaml", "b.yml"} {
@@ -82,7 +85,7 @@ func TestValidate(t *testing.T) {
 		castellanRun(t, "authz", "validate", "-f", t.TempDir()).want(t, 3, "no policy there; files end in .yaml, .yml or .json")
 		castellanRun(t, "authz", "validate", "-f", writeFile(t, "e.yaml", nil)).want(t, 3, "holds no policy")
 		castellanRun(t, "authz", "validate", "-f", "/nothing").want(t, 3, "there is no such file or directory")
-		castellanRun(t, "authz", "validate", good).want(t, 3, "unexpected argument")
+		castellanRun(t, "authz", "validate", good).want(t, 3, "give files with -f")
 		castellanRun(t, "authz", "validate", "-f", good, "-o", "pem").want(t, 3, `-o "pem"`)
 	})
 }

@@ -24,6 +24,10 @@ func (e *env) wire(q *canI, host string) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
+		if strings.ContainsAny(token, "\r\n") {
+			// Not shown: what is in the file may be a token all the same.
+			return nil, invalidf("--jwt %s holds several lines; a token is one", q.jwtFile)
+		}
 		pairs = append(pairs, [2]string{"Authorization", "Bearer " + token})
 	}
 	var b strings.Builder

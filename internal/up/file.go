@@ -118,8 +118,8 @@ func (m *mesh) file(pids map[string]int) File {
 }
 
 // Describe prints the endpoints of a running mesh and five commands to try, each
-// with what it answers.
-func (f File) Describe(w io.Writer, upFile string) error {
+// with what it answers. command is how the user calls castellan.
+func (f File) Describe(w io.Writer, command, upFile string) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "TRUST DOMAIN\t%s\n", f.TrustDomain)
 	fmt.Fprintf(t, "SERVER\tgrpc %s\thttp http://%s\tpid %d\n", f.Server.GRPC, f.Server.HTTP, f.Server.PID)
@@ -143,7 +143,7 @@ func (f File) Describe(w io.Writer, upFile string) error {
 		{"curl -i " + guest.Outbound["orders"] + "/", "403: guests may call nothing"},
 		{"curl -i -X POST " + front.Outbound["payments"] + "/", "403: a payment needs an end user"},
 		{`curl -i -X POST -H "Authorization: Bearer $(cat ` + f.JWT.ValidToken + `)" ` + front.Outbound["payments"] + "/", "200: the user is in the group finance"},
-		{"castellan authz can-i" + flag + " --from guest/intruder --to orders GET / --explain", "denied, and by which rule"},
+		{command + " authz can-i" + flag + " --from guest/intruder --to orders GET / --explain", "denied, and by which rule"},
 	}
 	fmt.Fprintf(w, "\nTry:\n")
 	for _, c := range try {

@@ -383,7 +383,7 @@ func TestDescribe(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	if err := sample().Describe(&out, here); err != nil {
+	if err := sample().Describe(&out, "build/castellan", here); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
@@ -391,7 +391,7 @@ func TestDescribe(t *testing.T) {
 		"shop/frontend   inbound 127.0.0.1:10 (mTLS)", "shop/orders ", "shop/payments ", "guest/intruder ", "pid 103\n", "POLICIES        /d/policy\n", "ROOTS           /d/bundle.pem\n",
 		"  curl -i http://127.0.0.1:20/\n      # 200: the frontend may GET orders\n", "# 403: guests may call nothing\n",
 		"  curl -i -X POST http://127.0.0.1:21/\n      # 403: a payment needs an end user\n", `"Authorization: Bearer $(cat /d/tokens/user-valid)"`,
-		"  castellan authz can-i --from guest/intruder --to orders GET / --explain\n      # denied, and by which rule\n", "Ctrl-C ends it",
+		"  build/castellan authz can-i --from guest/intruder --to orders GET / --explain\n      # denied, and by which rule\n", "Ctrl-C ends it",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
@@ -402,7 +402,7 @@ func TestDescribe(t *testing.T) {
 	}
 	// Elsewhere the command needs to be told where.
 	out.Reset()
-	if err := sample().Describe(&out, "/elsewhere/up.json"); err != nil || !strings.Contains(out.String(), "castellan authz can-i --up /elsewhere/up.json --from") {
+	if err := sample().Describe(&out, "castellan", "/elsewhere/up.json"); err != nil || !strings.Contains(out.String(), "castellan authz can-i --up /elsewhere/up.json --from") {
 		t.Errorf("%v\n%s", err, out.String())
 	}
 }
