@@ -34,13 +34,12 @@ func checkOutput(format string, formats ...string) error {
 // escaped form. Names in certificates and policies are other people's: printed raw
 // they could forge lines or move the cursor.
 func visible(s string) string {
-	plain := func(r rune) bool { return unicode.IsPrint(r) }
-	if strings.IndexFunc(s, func(r rune) bool { return !plain(r) }) < 0 && utf8.ValidString(s) {
+	if strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) < 0 && utf8.ValidString(s) {
 		return s
 	}
 	var b strings.Builder
 	for _, r := range s {
-		if plain(r) && r != utf8.RuneError {
+		if unicode.IsPrint(r) && r != utf8.RuneError {
 			b.WriteRune(r)
 		} else {
 			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))

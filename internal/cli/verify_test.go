@@ -104,7 +104,7 @@ func TestVerify(t *testing.T) {
 			reason: []string{"the certificate is valid from ", ", in 1h", "(clock: "}, hint: "it is meant for later",
 		},
 		"clock": {
-			chain: chainOf(svid(during(330*time.Second, time.Hour))), problem: "not yet valid",
+			chain: chainOf(svid(during(359*time.Second, time.Hour))), problem: "not yet valid",
 			reason: []string{"the certificate is valid from "}, hint: "this machine's clock is probably behind by 5m",
 		},
 		"authority expired": {

