@@ -82,8 +82,8 @@ func run() (err error) {
 			return err
 		}
 		defer f.Close()
-		fmt.Fprintf(f, "# One run of the benchmark\n\n%s, %s/%s, %d CPUs, %s; `-repeat %d -time %v`. Method and meaning: docs/performance.md.\n",
-			time.Now().UTC().Format(time.DateOnly), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), runtime.Version(), opt.repeat, opt.seconds)
+		fmt.Fprintf(f, "# One run of the benchmark\n\n%s, %s/%s, %d CPUs, %s; %s; `-repeat %d -time %v`. Method and meaning: docs/performance.md.\n",
+			time.Now().UTC().Format(time.DateOnly), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), runtime.Version(), peerVersions(opt), opt.repeat, opt.seconds)
 		opt.out = io.MultiWriter(os.Stdout, f)
 	}
 	if err := raiseFiles(); err != nil {

@@ -13,6 +13,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -33,9 +34,10 @@ type peer struct {
 }
 
 const (
-	ours      = "castellan-proxy, 20 rules"
-	envoyName = "envoy, 20 rules"
-	nginxName = "nginx, no policy"
+	ours        = "castellan-proxy, 20 rules"
+	envoyName   = "envoy, 20 rules"
+	nginxName   = "nginx, no policy"
+	haproxyName = "haproxy, no policy"
 )
 
 // program is a peer that can be started.
@@ -80,7 +82,7 @@ func httpPeers() []program {
 		envoyRules(),
 		{name: "envoy, no policy", conf: envoyConfig(envoyHTTP("HTTP1", 0), "http/1.1"), run: runEnvoy},
 		nginx(),
-		{name: "haproxy, no policy", conf: haproxyConfig("http"), run: runHaproxy},
+		{name: haproxyName, conf: haproxyConfig("http"), run: runHaproxy},
 		{name: "go ReverseProxy, no policy", conf: func(*field, string) string { return "" }, run: runGo},
 	}
 }
@@ -141,6 +143,17 @@ func fetchMaterial(ctx context.Context, socket, dir string) (*material, error) {
 		}
 	}
 	return m, nil
+}
+
+// peerVersions names the programs as they name themselves.
+func peerVersions(opt options) string {
+	var out []string
+	for _, p := range [][]string{{"/usr/sbin/nginx", "-v"}, {"/usr/sbin/haproxy", "-v"}} {
+		text, _ := exec.Command(p[0], p[1]).CombinedOutput()
+		line, _, _ := strings.Cut(string(text), "\n")
+		out = append(out, strings.TrimSpace(line))
+	}
+	return strings.Join(append(out, filepath.Base(opt.envoy)), "; ")
 }
 
 // start starts programs on the tested CPU, each in front of the same backend and

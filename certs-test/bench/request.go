@@ -131,7 +131,7 @@ func requestHTTP1(ctx context.Context, f *field, opt options, orders peer) error
 	for _, p := range peers {
 		l := cell(p)
 		l.perSecond = t.slowest() / 2
-		out := l.run(ctx, 2*opt.seconds)
+		out := l.run(ctx, opt.seconds)
 		if err := out.err(); err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
@@ -139,7 +139,8 @@ func requestHTTP1(ctx context.Context, f *field, opt options, orders peer) error
 	}
 	second := opt.second()
 	if !opt.full {
-		peers = slices.DeleteFunc(peers, func(p peer) bool { return p.name == "envoy, no policy" || slices.Contains(own[1:], p) })
+		main := []string{ours, envoyName, nginxName, haproxyName}
+		peers = slices.DeleteFunc(peers, func(p peer) bool { return !slices.Contains(main, p.name) })
 	}
 	for _, c := range []struct {
 		name        string
