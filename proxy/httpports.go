@@ -9,20 +9,27 @@ import (
 	"castellan.dev/authz"
 )
 
-// httpPorts are the workload ports for which some rule names what only HTTP has.
+// httpPorts are the workload ports for which some rule names what only HTTP has:
+// tokens of end users, methods, paths and the like.
 type httpPorts struct {
-	// all: some such rule holds for every port.
-	all  bool
-	some map[uint16]bool
+	// all: some such rule names no port.
+	all bool
+	// some are ports that such a rule names, plain those that a rule without
+	// anything of HTTP names: there bytes are meant, unless the former says otherwise.
+	some, plain map[uint16]bool
 }
 
-func (h httpPorts) on(port uint16) bool { return h.all || h.some[port] }
+func (h httpPorts) on(port uint16) bool { return h.some[port] || h.all && !h.plain[port] }
 
 // portsWithHTTP reads the rules of the policies that select the workload.
 func portsWithHTTP(cfg authz.Config) (h httpPorts) {
 	w := cfg.Workload
 	for _, d := range cfg.Documents {
-		if d.Authorization == nil || !authz.Selects(d, w.Account.Namespace(), w.Labels, cfg.Mesh) {
+		if !authz.Selects(d, w.Account.Namespace(), w.Labels, cfg.Mesh) {
+			continue
+		}
+		h.all = h.all || d.RequestAuthentication != nil
+		if d.Authorization == nil {
 			continue
 		}
 		for _, r := range d.Authorization.Rules {
@@ -33,7 +40,7 @@ func portsWithHTTP(cfg authz.Config) (h httpPorts) {
 }
 
 // add counts a rule. Within one that names HTTP in its sources or conditions,
-// each operation does; what names no ports, or cannot be read, is about all.
+// each operation does; one that names no ports is about all.
 func (h *httpPorts) add(r policy.Rule) {
 	whole := slices.ContainsFunc(r.From, func(f policy.From) bool {
 		return f.Source != nil && len(f.Source.RequestPrincipals)+len(f.Source.NotRequestPrincipals) > 0
@@ -43,25 +50,24 @@ func (h *httpPorts) add(r policy.Rule) {
 	}
 	for _, to := range r.To {
 		o := to.Operation
-		switch {
-		case o == nil:
+		if o == nil {
 			h.all = h.all || whole
 			continue
-		case !whole && len(o.Hosts)+len(o.NotHosts)+len(o.Methods)+len(o.NotMethods)+len(o.Paths)+len(o.NotPaths) == 0:
-			continue
-		case len(o.Ports) == 0:
-			h.all = true
+		}
+		ports := &h.plain
+		if whole || len(o.Hosts)+len(o.NotHosts)+len(o.Methods)+len(o.NotMethods)+len(o.Paths)+len(o.NotPaths) > 0 {
+			ports = &h.some
+			h.all = h.all || len(o.Ports) == 0
 		}
 		for _, p := range o.Ports {
 			n, err := strconv.ParseUint(p, 10, 16)
 			if err != nil {
-				h.all = true
-				continue
+				continue // matches no port
 			}
-			if h.some == nil {
-				h.some = map[uint16]bool{}
+			if *ports == nil {
+				*ports = map[uint16]bool{}
 			}
-			h.some[uint16(n)] = true
+			(*ports)[uint16(n)] = true
 		}
 	}
 }

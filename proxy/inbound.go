@@ -114,7 +114,11 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 	}
 	speaks, err := in.tell(a)
 	if err != nil {
-		in.p.refuse(inboundSide, refusedTimeout, source, err)
+		reason := refusedTimeout
+		if errors.Is(err, errNotHTTP) {
+			reason = refusedNotHTTP
+		}
+		in.p.refuse(inboundSide, reason, source, err)
 		a.conn.Close()
 		return
 	}
@@ -148,15 +152,25 @@ func (in *inbound) tell(a *accepted) (protocol, error) {
 	case declared != undeclared && (a.alpn == alpnHTTP11 || strings.HasPrefix(a.alpn, "istio-http/")):
 		return speaksHTTP, nil
 	}
-	if declared == undeclared && in.p.store.load().wantsHTTP(in.port) {
-		declared = speaksHTTP
+	httpOnly := declared == undeclared && in.p.store.load().wantsHTTP(in.port)
+	if httpOnly {
+		declared = speaksHTTP // which waits for the client
 	}
 	speaks, err := in.p.tellByBytes(&a.conn, declared)
-	if first, ok := a.conn.(*prefixConn); ok && speaks == speaksTCP {
-		first.late = sniff(first.prefix[:first.length]) == sniffedNothing
+	first, ok := a.conn.(*prefixConn)
+	if err != nil || !ok {
+		return speaks, err
 	}
-	return speaks, err
+	what := sniff(first.prefix[:first.length])
+	if httpOnly && what == sniffedOther {
+		return speaks, errNotHTTP
+	}
+	first.late = speaks == speaksTCP && what == sniffedNothing
+	return speaks, nil
 }
+
+// errNotHTTP: other bytes than HTTP where policy is about HTTP.
+var errNotHTTP = errors.New("not http, on an undeclared port that has rules about http")
 
 // tellByBytes replaces *conn by one that gives the bytes read ahead once more.
 func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol) (protocol, error) {

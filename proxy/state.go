@@ -62,9 +62,9 @@ func (s *state) declared(port uint16) string {
 
 // wantsHTTP reports whether bytes that are no HTTP have no business on a port:
 // policy judges its requests by their tokens, or by fields that only HTTP has,
-// and nothing said that it carries anything else.
+// and neither the port's declaration nor a rule says that it carries anything else.
 func (s *state) wantsHTTP(port uint16) bool {
-	return s.policy != nil && s.policy.ports[port] == "" && (s.policy.tokens != nil || s.policy.http.on(port))
+	return s.policy != nil && s.policy.ports[port] == "" && s.policy.http.on(port)
 }
 
 // store holds the inputs as they came, and the state made of them.

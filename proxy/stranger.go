@@ -49,6 +49,7 @@ const (
 	refusedIdentity  = "peer_not_accepted"
 	refusedTimeout   = "first_byte_timeout"
 	refusedLate      = "http_late"
+	refusedNotHTTP   = "not_http"
 	refusedPanic     = "internal_error"
 )
 
