@@ -128,7 +128,7 @@ func (f *field) ready(ctx context.Context, what string, l load) error {
 func (f *field) refused(ctx context.Context, p peer, l load, status string) error {
 	err := waitListen(ctx, func() error {
 		if err := l.once(ctx); err == nil || !strings.Contains(err.Error(), " "+status+" ") {
-			return fmt.Errorf("got %v, want %s", err, status)
+			return fmt.Errorf("got %w, want %s", err, status)
 		}
 		return nil
 	})

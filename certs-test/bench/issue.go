@@ -184,7 +184,6 @@ type issueLoad struct {
 	conn   *grpc.ClientConn
 	client securityv1alpha1.IstioCertificateServiceClient
 	signer jose.Signer
-	issuer string
 	base   map[string]any
 	pods   []string
 	agent  string

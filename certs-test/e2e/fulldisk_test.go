@@ -95,7 +95,7 @@ func TestFullDisk(t *testing.T) {
 		eventually(t, "it signs again", func() error {
 			leaf, chain, err := request(client, s.token(podOther), s.token(podAgent), newCSR(t))
 			if err != nil {
-				return fmt.Errorf("%v\n%s", err, status.Convert(err).Message())
+				return fmt.Errorf("%w\n%s", err, status.Convert(err).Message())
 			}
 			s.verify(leaf, chain)
 			handed = append(handed, serialOf(leaf.SerialNumber))

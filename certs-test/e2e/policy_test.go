@@ -212,7 +212,7 @@ func TestSecureNaming(t *testing.T) {
 	eventually(t, "the connection fails", func() error {
 		code, body, err := m.ask("shop/frontend", "orders", "GET", "/")
 		if err != nil || code == 200 || code == 403 {
-			return fmt.Errorf("%d %v", code, err)
+			return fmt.Errorf("%d %w", code, err)
 		}
 		if strings.Contains(body, "spiffe") || strings.Contains(body, "payments") {
 			t.Errorf("the body tells too much: %q", body)
