@@ -37,7 +37,7 @@ type Config struct {
 	ResponseTimeout        time.Duration // from the last byte sent upstream to the response's head; default 60s
 	StreamIdleTimeout      time.Duration // no byte either way in a body or tunnel; default 5m
 	UpstreamIdleTimeout    time.Duration // how long an idle upstream connection is kept; default 30s
-	MaxIdleUpstream        int           // idle upstream connections kept for one key; default 128
+	MaxIdleUpstream        int           // idle upstream connections kept for one key; default 1024
 	Log                    *slog.Logger  // default: discard
 	Now                    func() time.Time
 }
@@ -59,7 +59,7 @@ func (c Config) withDefaults() Config {
 	number(&c.MaxTargetBytes, 8<<10)
 	number(&c.MaxHeaders, 100)
 	number(&c.MaxStreams, 100)
-	number(&c.MaxIdleUpstream, 128)
+	number(&c.MaxIdleUpstream, 1024)
 	duration(&c.HeaderTimeout, 10*time.Second)
 	duration(&c.IdleTimeout, 5*time.Minute)
 	duration(&c.ConnectTimeout, 5*time.Second)
