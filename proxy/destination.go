@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
+	"castellan.dev/internal/judge"
 	"castellan.dev/internal/tlsconf"
 )
 
@@ -173,7 +174,7 @@ func newService(r *castellanv1.ServiceIdentity, before *service) (*service, erro
 			return nil, fmt.Errorf("service %q: port %d", name, p.GetNumber())
 		}
 		port := &servicePort{
-			service: name, number: uint16(p.GetNumber()), protocol: protocolOf(p.GetProtocol()),
+			service: name, number: uint16(p.GetNumber()), protocol: judge.ProtocolOf(p.GetProtocol()),
 			sni:  fmt.Sprintf("outbound_.%d_._.%s", p.GetNumber(), host(r)),
 			next: new(atomic.Uint32),
 		}

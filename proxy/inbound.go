@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"castellan.dev/authz"
+	"castellan.dev/internal/judge"
 	"castellan.dev/proxy/engine"
 )
 
@@ -52,7 +53,7 @@ func (in *inbound) secure(ctx context.Context, conn net.Conn, source netip.AddrP
 
 func (in *inbound) transport(ctx context.Context, conn net.Conn) (*accepted, string, error) {
 	st := in.p.store.load()
-	speaks := protocolOf(st.declared(in.port))
+	speaks := judge.ProtocolOf(st.declared(in.port))
 	switch st.mode(in.port) {
 	case authz.ModeDisable:
 		return &accepted{conn: conn}, "", nil
@@ -143,7 +144,7 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 // none by the first bytes. Within HTTP the version is what was negotiated, or
 // else what the first bytes show.
 func (in *inbound) tell(a *accepted) (protocol, error) {
-	declared := protocolOf(in.p.store.load().declared(in.port))
+	declared := judge.ProtocolOf(in.p.store.load().declared(in.port))
 	switch {
 	case declared == speaksTCP || a.opaque:
 		return speaksTCP, nil

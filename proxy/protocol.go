@@ -8,33 +8,19 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"castellan.dev/internal/judge"
 )
 
-// protocol is what is spoken inside a connection.
-type protocol uint8
+// What a port speaks, under the names of this package.
+type protocol = judge.Protocol
 
 const (
-	// undeclared is told apart by its first bytes.
-	undeclared protocol = iota
-	speaksHTTP
-	// speaksHTTP2 is gRPC and declared HTTP/2: the application is spoken to with HTTP/2.
-	speaksHTTP2
-	speaksTCP
+	undeclared  = judge.Undeclared
+	speaksHTTP  = judge.HTTP
+	speaksHTTP2 = judge.HTTP2
+	speaksTCP   = judge.TCP
 )
-
-// protocolOf reads a declared protocol. What is not HTTP in the clear is opaque bytes.
-func protocolOf(declared string) protocol {
-	switch declared {
-	case "":
-		return undeclared
-	case "http", "http1", "http/1.1":
-		return speaksHTTP
-	case "http2", "h2c", "grpc", "grpc-web":
-		return speaksHTTP2
-	default:
-		return speaksTCP
-	}
-}
 
 // preface opens every HTTP/2 connection (RFC 9113 section 3.4).
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

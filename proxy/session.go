@@ -174,7 +174,7 @@ func (p *Proxy) refuseRequest(x *exchange, status int, kind, reason string) engi
 // upstream: a port declared HTTP/2 or gRPC is spoken to so; else the
 // application gets HTTP/1.1 but for what only HTTP/2 carries.
 func (s *inboundSession) upstream(r *engine.Request, st *state) engine.Upstream {
-	declared := protocolOf(st.declared(s.in.port))
+	declared := judge.ProtocolOf(st.declared(s.in.port))
 	if declared == speaksHTTP2 && !r.WebSocket || r.Proto == engine.HTTP2 && (declared == undeclared || isGRPC(r)) {
 		return engine.Upstream{Key: s.in.h2, H2: true}
 	}
