@@ -2,6 +2,7 @@ package xds_test
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +23,8 @@ type sotw struct {
 	got     chan *discoveryv3.DiscoveryResponse
 	names   []string
 	version string // last accepted
+	// barriers counts the calls of none.
+	barriers int
 }
 
 func (s *server) sotw(t *testing.T, names ...string) *sotw {
@@ -84,23 +87,33 @@ func (c *sotw) next(want string) *discoveryv3.DiscoveryResponse {
 	return nil
 }
 
-// none checks that nothing came before the answer of another type.
+// none checks that nothing came before the answer of another type. It asks for a
+// name of its own each time: only the answer to this request can hold it, while a
+// name asked for before would be pushed by itself.
 func (c *sotw) none(s *server) {
 	c.t.Helper()
-	b, err := xds.NewResource("b", wrapperspb.Bytes([]byte(time.Now().String())))
+	c.barriers++
+	name := fmt.Sprintf("barrier-%d", c.barriers)
+	b, err := xds.NewResource(name, wrapperspb.String(name))
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	s.Set(typeB, xds.NewSnapshot(b))
-	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: typeB, ResourceNames: []string{"b"}})
-	select {
-	case resp := <-c.got:
-		if resp.GetTypeUrl() != typeB {
-			c.t.Fatalf("unexpected response %q", values(c.t, resp))
+	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: typeB, ResourceNames: []string{name}})
+	deadline := time.After(10 * time.Second)
+	for {
+		select {
+		case resp := <-c.got:
+			if resp.GetTypeUrl() != typeB {
+				c.t.Fatalf("unexpected response %q", values(c.t, resp))
+			}
+			c.send(&discoveryv3.DiscoveryRequest{TypeUrl: typeB, ResourceNames: []string{name}, VersionInfo: resp.GetVersionInfo(), ResponseNonce: resp.GetNonce()})
+			if values(c.t, resp) == name {
+				return
+			}
+		case <-deadline:
+			c.t.Fatal("no answer within 10s")
 		}
-		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: typeB, ResourceNames: []string{"b"}, VersionInfo: resp.GetVersionInfo(), ResponseNonce: resp.GetNonce()})
-	case <-time.After(10 * time.Second):
-		c.t.Fatal("no answer within 10s")
 	}
 }
 
