@@ -293,7 +293,10 @@ func (c *checker) policy(p *castellanv1.PolicyStatus) {
 		consequence = "mend it; its last good version stays in force until then"
 	}
 	for _, f := range p.GetFindings() {
-		where := p.GetFile() + ": " + f.GetField()
+		where := f.GetField()
+		if p.GetName() != "" { // else the file is named already
+			where = p.GetFile() + ": " + where
+		}
 		if f.GetValue() != "" {
 			where += fmt.Sprintf(": %q", f.GetValue())
 		}
