@@ -122,21 +122,7 @@ func (s *subscription) setNames(names []string) {
 }
 
 func (m *sotwMachine) next(now time.Time) (*discoveryv3.DiscoveryResponse, bool, time.Duration) {
-	var wait time.Duration
-	for _, url := range m.order {
-		s := m.types[url]
-		ok, hold := s.maySend(now)
-		if !ok {
-			if hold > 0 && (wait == 0 || hold < wait) {
-				wait = hold
-			}
-			continue
-		}
-		if resp := m.respond(s, now); resp != nil {
-			return resp, true, 0
-		}
-	}
-	return nil, false, wait
+	return nextResponse(m.order, m.types, now, m.respond)
 }
 
 // respond builds the next response; nil if the peer has been told everything.
