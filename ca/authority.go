@@ -11,7 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"castellan.dev/ca/internal/disk"
+	"castellan.dev/internal/disk"
 )
 
 const (

@@ -19,7 +19,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"castellan.dev/ca/internal/disk"
+	"castellan.dev/internal/disk"
 )
 
 // refreshHint is what the SPIFFE Federation specification takes as default.

@@ -15,7 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"castellan.dev/ca/internal/disk"
+	"castellan.dev/internal/disk"
 )
 
 const keyRingFile = "jwt-keys.json"

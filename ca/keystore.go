@@ -12,7 +12,7 @@ import (
 	"fmt"
 	"path/filepath"
 
-	"castellan.dev/ca/internal/disk"
+	"castellan.dev/internal/disk"
 )
 
 // KeyStore keeps the authority's own keys with the certificates that belong to

@@ -11,8 +11,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"castellan.dev/ca/internal/disk"
 	"castellan.dev/ca/ledger"
+	"castellan.dev/internal/disk"
 )
 
 // Upstream is the authority above the issuers: a root of our own or a plugged-in

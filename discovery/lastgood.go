@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"castellan.dev/api/policy"
+	"castellan.dev/internal/disk"
 )
 
 // good is the last good version of a document.
@@ -146,20 +147,5 @@ func writeJSON(dir, name string, v any) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, "new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already after the rename
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(dir, name))
-	}
-	return err
+	return disk.Write(filepath.Join(dir, name), data, 0o600)
 }

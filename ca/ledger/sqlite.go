@@ -19,7 +19,7 @@ import (
 	"modernc.org/sqlite" // also the database driver "sqlite", without cgo
 	sqlite3 "modernc.org/sqlite/lib"
 
-	"castellan.dev/ca/internal/disk"
+	"castellan.dev/internal/disk"
 )
 
 //go:embed migrations/*.sql

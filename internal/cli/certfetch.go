@@ -12,6 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"castellan.dev/internal/disk"
 )
 
 // fetcher prints, or writes to a directory, what a Workload API gives.
@@ -115,7 +117,7 @@ func (f fetcher) deliver(c *workloadapi.X509Context) error {
 		{"svid.pem", encodePEM(svid.Certificates), 0o644},
 		{"bundle.pem", encodePEM(roots), 0o644},
 	} {
-		if err := replaceFile(filepath.Join(f.dir, file.name), file.data, file.mode); err != nil {
+		if err := disk.Write(filepath.Join(f.dir, file.name), file.data, file.mode); err != nil {
 			return fmt.Errorf("--write: %w", err)
 		}
 	}
@@ -133,22 +135,4 @@ func encodePEM(certs []*x509.Certificate) []byte {
 		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
 	}
 	return out
-}
-
-// replaceFile replaces path in one step. The mode is set before anything is written.
-func replaceFile(path string, data []byte, mode os.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	if err := f.Chmod(mode); err != nil {
-		f.Close()
-		return err
-	}
-	_, werr := f.Write(data)
-	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	return os.Rename(f.Name(), path)
 }

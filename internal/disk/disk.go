@@ -1,5 +1,6 @@
-// Package disk reads and writes the authority's files: atomically, readable by
-// the owner only, and under a lock that keeps a second process out.
+// Package disk reads and writes files that must survive a crash whole: atomically,
+// secrets readable by the owner only, and under a lock that keeps a second process
+// out.
 //
 // It refuses to read a secret that others may read. It assumes a local file
 // system on which rename is atomic and flock works.

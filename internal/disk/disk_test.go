@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"castellan.dev/ca/internal/disk"
+	"castellan.dev/internal/disk"
 )
 
 func TestWriteReplacesWithMode(t *testing.T) {
