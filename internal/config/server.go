@@ -34,8 +34,12 @@ type Server struct {
 	Attestation Attestation `json:"attestation"`
 	RateLimit   RateLimit   `json:"rateLimit,omitzero"`
 	Discovery   Discovery   `json:"discovery,omitzero"`
-	Mesh        policy.Mesh `json:"mesh,omitzero"`
-	Log         Log         `json:"log,omitzero"`
+	// Kubernetes, if set, takes the place of the workloads file and the policy directory.
+	Kubernetes *Kubernetes `json:"kubernetes,omitempty"`
+	// Webhook, if set, serves admission; it needs Kubernetes.
+	Webhook *Webhook    `json:"webhook,omitempty"`
+	Mesh    policy.Mesh `json:"mesh,omitzero"`
+	Log     Log         `json:"log,omitzero"`
 }
 
 // CA configures certificates and their lifetimes (trust rule 10).
@@ -117,6 +121,12 @@ func (s *Server) setDefaults() {
 	setDefault(&s.RateLimit.PodPerSecond, 2)
 	setDefault(&s.RateLimit.TotalBurst, 20000)
 	setDefault(&s.RateLimit.TotalPerSecond, 5000)
+	if s.Kubernetes != nil {
+		s.Kubernetes.setDefaults()
+	}
+	if s.Webhook != nil {
+		s.Webhook.setDefaults()
+	}
 	if len(s.ServingNames) == 0 {
 		s.ServingNames = []string{"castellan-server.castellan-system.svc", "localhost", "127.0.0.1", "::1"}
 	}
@@ -163,11 +173,17 @@ func (s *Server) Validate() error {
 	if err := s.CA.validate(); err != nil {
 		return err
 	}
-	if err := s.Attestation.validate(); err != nil {
+	if err := s.checkSources(); err != nil {
+		return err
+	}
+	if err := s.Attestation.validate(s.Kubernetes != nil); err != nil {
 		return err
 	}
 	if r := s.RateLimit; r.PodBurst < 0 || r.PodPerSecond < 0 || r.TotalBurst < 0 || r.TotalPerSecond < 0 {
 		return errors.New("rateLimit: limits must not be negative")
+	}
+	if s.Webhook != nil && s.Kubernetes == nil {
+		return errors.New("webhook: there is none without kubernetes")
 	}
 	return s.Log.validate()
 }
@@ -195,8 +211,9 @@ func (c CA) validate() error {
 	return nil
 }
 
-func (a Attestation) validate() error {
-	if len(a.Issuers) == 0 {
+// validate: on Kubernetes the cluster's own issuer needs no line.
+func (a Attestation) validate(kubernetes bool) error {
+	if len(a.Issuers) == 0 && !kubernetes {
 		return errors.New("attestation.issuers: at least one is needed; without it nobody can be attested")
 	}
 	seen := map[string]bool{}

@@ -27,6 +27,9 @@ type Workload struct {
 	// Address is the IP address or name others reach it at.
 	Address string `json:"address,omitempty"`
 	Ports   []Port `json:"ports,omitempty"`
+	// OutsideMesh: no proxy stands before it. It is told no policy, and others
+	// speak to it in the clear where the mesh settings allow that.
+	OutsideMesh bool `json:"outsideMesh,omitempty"`
 }
 
 // Account returns the workload's namespace and service account.

@@ -358,7 +358,10 @@ type Endpoint struct {
 	// Service port number -> port on the endpoint.
 	Ports map[uint32]uint32 `protobuf:"bytes,2,rep,name=ports,proto3" json:"ports,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// The workload's own SPIFFE ID; must be among the service's expected IDs.
-	SpiffeId      string `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	SpiffeId string `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// No proxy of the mesh answers there, so it speaks no mutual TLS. It is spoken
+	// to in the clear where the mesh settings allow that, and not at all elsewhere.
+	OutsideMesh   bool `protobuf:"varint,4,opt,name=outside_mesh,json=outsideMesh,proto3" json:"outside_mesh,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -412,6 +415,13 @@ func (x *Endpoint) GetSpiffeId() string {
 		return x.SpiffeId
 	}
 	return ""
+}
+
+func (x *Endpoint) GetOutsideMesh() bool {
+	if x != nil {
+		return x.OutsideMesh
+	}
+	return false
 }
 
 // Jwks is the key set of one end-user token issuer, fetched by the server.
@@ -653,11 +663,12 @@ const file_castellan_v1_resources_proto_rawDesc = "" +
 	"\vServicePort\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\rR\x06number\x12\x1a\n" +
-	"\bprotocol\x18\x03 \x01(\tR\bprotocol\"\xb4\x01\n" +
+	"\bprotocol\x18\x03 \x01(\tR\bprotocol\"\xd7\x01\n" +
 	"\bEndpoint\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x127\n" +
 	"\x05ports\x18\x02 \x03(\v2!.castellan.v1.Endpoint.PortsEntryR\x05ports\x12\x1b\n" +
-	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x1a8\n" +
+	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12!\n" +
+	"\foutside_mesh\x18\x04 \x01(\bR\voutsideMesh\x1a8\n" +
 	"\n" +
 	"PortsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n" +

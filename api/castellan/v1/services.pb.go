@@ -1144,6 +1144,7 @@ type WorkloadStatus struct {
 	// Version of WorkloadPolicy offered, and the report of the agent, if any.
 	Version       string          `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
 	Report        *WorkloadReport `protobuf:"bytes,8,opt,name=report,proto3" json:"report,omitempty"`
+	PodName       string          `protobuf:"bytes,9,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1230,6 +1231,222 @@ func (x *WorkloadStatus) GetVersion() string {
 func (x *WorkloadStatus) GetReport() *WorkloadReport {
 	if x != nil {
 		return x.Report
+	}
+	return nil
+}
+
+func (x *WorkloadStatus) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+type CertificatesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty: all of the node.
+	PodUid        string `protobuf:"bytes,1,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CertificatesRequest) Reset() {
+	*x = CertificatesRequest{}
+	mi := &file_castellan_v1_services_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CertificatesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CertificatesRequest) ProtoMessage() {}
+
+func (x *CertificatesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_castellan_v1_services_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CertificatesRequest.ProtoReflect.Descriptor instead.
+func (*CertificatesRequest) Descriptor() ([]byte, []int) {
+	return file_castellan_v1_services_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *CertificatesRequest) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+type CertificatesResponse struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Node      string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Workloads []*WorkloadCertificate `protobuf:"bytes,2,rep,name=workloads,proto3" json:"workloads,omitempty"`
+	// Root certificates of the trust domain, DER.
+	Roots         [][]byte `protobuf:"bytes,3,rep,name=roots,proto3" json:"roots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CertificatesResponse) Reset() {
+	*x = CertificatesResponse{}
+	mi := &file_castellan_v1_services_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CertificatesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CertificatesResponse) ProtoMessage() {}
+
+func (x *CertificatesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_castellan_v1_services_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CertificatesResponse.ProtoReflect.Descriptor instead.
+func (*CertificatesResponse) Descriptor() ([]byte, []int) {
+	return file_castellan_v1_services_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *CertificatesResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CertificatesResponse) GetWorkloads() []*WorkloadCertificate {
+	if x != nil {
+		return x.Workloads
+	}
+	return nil
+}
+
+func (x *CertificatesResponse) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+type WorkloadCertificate struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	PodUid         string                 `protobuf:"bytes,1,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	Namespace      string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	ServiceAccount string                 `protobuf:"bytes,3,opt,name=service_account,json=serviceAccount,proto3" json:"service_account,omitempty"`
+	PodName        string                 `protobuf:"bytes,4,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// "starting", "valid", "refused" or "expired".
+	Status string `protobuf:"bytes,5,opt,name=status,proto3" json:"status,omitempty"`
+	// DER, leaf first; empty without a certificate.
+	Chain [][]byte `protobuf:"bytes,6,rep,name=chain,proto3" json:"chain,omitempty"`
+	// Kind of the last failure, constant text; empty when there was none.
+	Problem       string                 `protobuf:"bytes,7,opt,name=problem,proto3" json:"problem,omitempty"`
+	RenewsAt      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=renews_at,json=renewsAt,proto3" json:"renews_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadCertificate) Reset() {
+	*x = WorkloadCertificate{}
+	mi := &file_castellan_v1_services_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadCertificate) ProtoMessage() {}
+
+func (x *WorkloadCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_castellan_v1_services_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadCertificate.ProtoReflect.Descriptor instead.
+func (*WorkloadCertificate) Descriptor() ([]byte, []int) {
+	return file_castellan_v1_services_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *WorkloadCertificate) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *WorkloadCertificate) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *WorkloadCertificate) GetServiceAccount() string {
+	if x != nil {
+		return x.ServiceAccount
+	}
+	return ""
+}
+
+func (x *WorkloadCertificate) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *WorkloadCertificate) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *WorkloadCertificate) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *WorkloadCertificate) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *WorkloadCertificate) GetRenewsAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RenewsAt
 	}
 	return nil
 }
@@ -1328,7 +1545,7 @@ const file_castellan_v1_services_proto_rawDesc = "" +
 	"\bseverity\x18\x01 \x01(\tR\bseverity\x12\x14\n" +
 	"\x05field\x18\x02 \x01(\tR\x05field\x12\x14\n" +
 	"\x05value\x18\x03 \x01(\tR\x05value\x12\x16\n" +
-	"\x06reason\x18\x04 \x01(\tR\x06reason\"\x90\x02\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"\xab\x02\n" +
 	"\x0eWorkloadStatus\x12\x17\n" +
 	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12'\n" +
@@ -1338,7 +1555,23 @@ const file_castellan_v1_services_proto_rawDesc = "" +
 	"\vdeny_reason\x18\x06 \x01(\tR\n" +
 	"denyReason\x12\x18\n" +
 	"\aversion\x18\a \x01(\tR\aversion\x124\n" +
-	"\x06report\x18\b \x01(\v2\x1c.castellan.v1.WorkloadReportR\x06report2R\n" +
+	"\x06report\x18\b \x01(\v2\x1c.castellan.v1.WorkloadReportR\x06report\x12\x19\n" +
+	"\bpod_name\x18\t \x01(\tR\apodName\".\n" +
+	"\x13CertificatesRequest\x12\x17\n" +
+	"\apod_uid\x18\x01 \x01(\tR\x06podUid\"\x81\x01\n" +
+	"\x14CertificatesResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12?\n" +
+	"\tworkloads\x18\x02 \x03(\v2!.castellan.v1.WorkloadCertificateR\tworkloads\x12\x14\n" +
+	"\x05roots\x18\x03 \x03(\fR\x05roots\"\x91\x02\n" +
+	"\x13WorkloadCertificate\x12\x17\n" +
+	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12'\n" +
+	"\x0fservice_account\x18\x03 \x01(\tR\x0eserviceAccount\x12\x19\n" +
+	"\bpod_name\x18\x04 \x01(\tR\apodName\x12\x16\n" +
+	"\x06status\x18\x05 \x01(\tR\x06status\x12\x14\n" +
+	"\x05chain\x18\x06 \x03(\fR\x05chain\x12\x18\n" +
+	"\aproblem\x18\a \x01(\tR\aproblem\x127\n" +
+	"\trenews_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\brenewsAt2R\n" +
 	"\bIdentity\x12F\n" +
 	"\aMintJWT\x12\x1c.castellan.v1.MintJWTRequest\x1a\x1d.castellan.v1.MintJWTResponse2K\n" +
 	"\x04Node\x12C\n" +
@@ -1348,7 +1581,10 @@ const file_castellan_v1_services_proto_rawDesc = "" +
 	"\n" +
 	"ListIssued\x12\x1f.castellan.v1.ListIssuedRequest\x1a\x17.castellan.v1.LedgerRow0\x012[\n" +
 	"\x0eDiscoveryAdmin\x12I\n" +
-	"\bPolicies\x12\x1d.castellan.v1.PoliciesRequest\x1a\x1e.castellan.v1.PoliciesResponseB,Z*castellan.dev/api/castellan/v1;castellanv1b\x06proto3"
+	"\bPolicies\x12\x1d.castellan.v1.PoliciesRequest\x1a\x1e.castellan.v1.PoliciesResponse2c\n" +
+	"\n" +
+	"AgentAdmin\x12U\n" +
+	"\fCertificates\x12!.castellan.v1.CertificatesRequest\x1a\".castellan.v1.CertificatesResponseB,Z*castellan.dev/api/castellan/v1;castellanv1b\x06proto3"
 
 var (
 	file_castellan_v1_services_proto_rawDescOnce sync.Once
@@ -1362,7 +1598,7 @@ func file_castellan_v1_services_proto_rawDescGZIP() []byte {
 	return file_castellan_v1_services_proto_rawDescData
 }
 
-var file_castellan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_castellan_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_castellan_v1_services_proto_goTypes = []any{
 	(*MintJWTRequest)(nil),         // 0: castellan.v1.MintJWTRequest
 	(*MintJWTResponse)(nil),        // 1: castellan.v1.MintJWTResponse
@@ -1381,40 +1617,47 @@ var file_castellan_v1_services_proto_goTypes = []any{
 	(*PolicyStatus)(nil),           // 14: castellan.v1.PolicyStatus
 	(*PolicyFinding)(nil),          // 15: castellan.v1.PolicyFinding
 	(*WorkloadStatus)(nil),         // 16: castellan.v1.WorkloadStatus
-	(*timestamppb.Timestamp)(nil),  // 17: google.protobuf.Timestamp
+	(*CertificatesRequest)(nil),    // 17: castellan.v1.CertificatesRequest
+	(*CertificatesResponse)(nil),   // 18: castellan.v1.CertificatesResponse
+	(*WorkloadCertificate)(nil),    // 19: castellan.v1.WorkloadCertificate
+	(*timestamppb.Timestamp)(nil),  // 20: google.protobuf.Timestamp
 }
 var file_castellan_v1_services_proto_depIdxs = []int32{
-	17, // 0: castellan.v1.MintJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
-	17, // 1: castellan.v1.MintJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
+	20, // 0: castellan.v1.MintJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
+	20, // 1: castellan.v1.MintJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
 	3,  // 2: castellan.v1.ReportRequest.workloads:type_name -> castellan.v1.WorkloadReport
 	4,  // 3: castellan.v1.WorkloadReport.streams:type_name -> castellan.v1.StreamReport
-	17, // 4: castellan.v1.WorkloadReport.not_after:type_name -> google.protobuf.Timestamp
+	20, // 4: castellan.v1.WorkloadReport.not_after:type_name -> google.protobuf.Timestamp
 	5,  // 5: castellan.v1.StreamReport.resources:type_name -> castellan.v1.ResourceReport
 	9,  // 6: castellan.v1.AuthorityStatus.certificates:type_name -> castellan.v1.AuthorityCertificate
-	17, // 7: castellan.v1.ListIssuedRequest.since:type_name -> google.protobuf.Timestamp
-	17, // 8: castellan.v1.ListIssuedRequest.until:type_name -> google.protobuf.Timestamp
-	17, // 9: castellan.v1.LedgerRow.not_before:type_name -> google.protobuf.Timestamp
-	17, // 10: castellan.v1.LedgerRow.not_after:type_name -> google.protobuf.Timestamp
-	17, // 11: castellan.v1.LedgerRow.created_at:type_name -> google.protobuf.Timestamp
+	20, // 7: castellan.v1.ListIssuedRequest.since:type_name -> google.protobuf.Timestamp
+	20, // 8: castellan.v1.ListIssuedRequest.until:type_name -> google.protobuf.Timestamp
+	20, // 9: castellan.v1.LedgerRow.not_before:type_name -> google.protobuf.Timestamp
+	20, // 10: castellan.v1.LedgerRow.not_after:type_name -> google.protobuf.Timestamp
+	20, // 11: castellan.v1.LedgerRow.created_at:type_name -> google.protobuf.Timestamp
 	14, // 12: castellan.v1.PoliciesResponse.policies:type_name -> castellan.v1.PolicyStatus
 	16, // 13: castellan.v1.PoliciesResponse.workloads:type_name -> castellan.v1.WorkloadStatus
 	15, // 14: castellan.v1.PolicyStatus.findings:type_name -> castellan.v1.PolicyFinding
 	3,  // 15: castellan.v1.WorkloadStatus.report:type_name -> castellan.v1.WorkloadReport
-	0,  // 16: castellan.v1.Identity.MintJWT:input_type -> castellan.v1.MintJWTRequest
-	2,  // 17: castellan.v1.Node.Report:input_type -> castellan.v1.ReportRequest
-	7,  // 18: castellan.v1.AuthorityAdmin.Status:input_type -> castellan.v1.AuthorityStatusRequest
-	10, // 19: castellan.v1.AuthorityAdmin.ListIssued:input_type -> castellan.v1.ListIssuedRequest
-	12, // 20: castellan.v1.DiscoveryAdmin.Policies:input_type -> castellan.v1.PoliciesRequest
-	1,  // 21: castellan.v1.Identity.MintJWT:output_type -> castellan.v1.MintJWTResponse
-	6,  // 22: castellan.v1.Node.Report:output_type -> castellan.v1.ReportResponse
-	8,  // 23: castellan.v1.AuthorityAdmin.Status:output_type -> castellan.v1.AuthorityStatus
-	11, // 24: castellan.v1.AuthorityAdmin.ListIssued:output_type -> castellan.v1.LedgerRow
-	13, // 25: castellan.v1.DiscoveryAdmin.Policies:output_type -> castellan.v1.PoliciesResponse
-	21, // [21:26] is the sub-list for method output_type
-	16, // [16:21] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	19, // 16: castellan.v1.CertificatesResponse.workloads:type_name -> castellan.v1.WorkloadCertificate
+	20, // 17: castellan.v1.WorkloadCertificate.renews_at:type_name -> google.protobuf.Timestamp
+	0,  // 18: castellan.v1.Identity.MintJWT:input_type -> castellan.v1.MintJWTRequest
+	2,  // 19: castellan.v1.Node.Report:input_type -> castellan.v1.ReportRequest
+	7,  // 20: castellan.v1.AuthorityAdmin.Status:input_type -> castellan.v1.AuthorityStatusRequest
+	10, // 21: castellan.v1.AuthorityAdmin.ListIssued:input_type -> castellan.v1.ListIssuedRequest
+	12, // 22: castellan.v1.DiscoveryAdmin.Policies:input_type -> castellan.v1.PoliciesRequest
+	17, // 23: castellan.v1.AgentAdmin.Certificates:input_type -> castellan.v1.CertificatesRequest
+	1,  // 24: castellan.v1.Identity.MintJWT:output_type -> castellan.v1.MintJWTResponse
+	6,  // 25: castellan.v1.Node.Report:output_type -> castellan.v1.ReportResponse
+	8,  // 26: castellan.v1.AuthorityAdmin.Status:output_type -> castellan.v1.AuthorityStatus
+	11, // 27: castellan.v1.AuthorityAdmin.ListIssued:output_type -> castellan.v1.LedgerRow
+	13, // 28: castellan.v1.DiscoveryAdmin.Policies:output_type -> castellan.v1.PoliciesResponse
+	18, // 29: castellan.v1.AgentAdmin.Certificates:output_type -> castellan.v1.CertificatesResponse
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_castellan_v1_services_proto_init() }
@@ -1428,9 +1671,9 @@ func file_castellan_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_castellan_v1_services_proto_rawDesc), len(file_castellan_v1_services_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   20,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   5,
 		},
 		GoTypes:           file_castellan_v1_services_proto_goTypes,
 		DependencyIndexes: file_castellan_v1_services_proto_depIdxs,

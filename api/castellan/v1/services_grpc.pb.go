@@ -489,3 +489,111 @@ var DiscoveryAdmin_ServiceDesc = grpc.ServiceDesc{
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "castellan/v1/services.proto",
 }
+
+const (
+	AgentAdmin_Certificates_FullMethodName = "/castellan.v1.AgentAdmin/Certificates"
+)
+
+// AgentAdminClient is the client API for AgentAdmin service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// AgentAdmin answers the operator, on the agent's admin socket only.
+type AgentAdminClient interface {
+	// Certificates tells what is served to the node's workloads now. No key ever.
+	Certificates(ctx context.Context, in *CertificatesRequest, opts ...grpc.CallOption) (*CertificatesResponse, error)
+}
+
+type agentAdminClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewAgentAdminClient(cc grpc.ClientConnInterface) AgentAdminClient {
+	return &agentAdminClient{cc}
+}
+
+func (c *agentAdminClient) Certificates(ctx context.Context, in *CertificatesRequest, opts ...grpc.CallOption) (*CertificatesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CertificatesResponse)
+	err := c.cc.Invoke(ctx, AgentAdmin_Certificates_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// AgentAdminServer is the server API for AgentAdmin service.
+// All implementations must embed UnimplementedAgentAdminServer
+// for forward compatibility.
+//
+// AgentAdmin answers the operator, on the agent's admin socket only.
+type AgentAdminServer interface {
+	// Certificates tells what is served to the node's workloads now. No key ever.
+	Certificates(context.Context, *CertificatesRequest) (*CertificatesResponse, error)
+	mustEmbedUnimplementedAgentAdminServer()
+}
+
+// UnimplementedAgentAdminServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedAgentAdminServer struct{}
+
+func (UnimplementedAgentAdminServer) Certificates(context.Context, *CertificatesRequest) (*CertificatesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Certificates not implemented")
+}
+func (UnimplementedAgentAdminServer) mustEmbedUnimplementedAgentAdminServer() {}
+func (UnimplementedAgentAdminServer) testEmbeddedByValue()                    {}
+
+// UnsafeAgentAdminServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to AgentAdminServer will
+// result in compilation errors.
+type UnsafeAgentAdminServer interface {
+	mustEmbedUnimplementedAgentAdminServer()
+}
+
+func RegisterAgentAdminServer(s grpc.ServiceRegistrar, srv AgentAdminServer) {
+	// If the following call panics, it indicates UnimplementedAgentAdminServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&AgentAdmin_ServiceDesc, srv)
+}
+
+func _AgentAdmin_Certificates_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CertificatesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentAdminServer).Certificates(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AgentAdmin_Certificates_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentAdminServer).Certificates(ctx, req.(*CertificatesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// AgentAdmin_ServiceDesc is the grpc.ServiceDesc for AgentAdmin service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var AgentAdmin_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "castellan.v1.AgentAdmin",
+	HandlerType: (*AgentAdminServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Certificates",
+			Handler:    _AgentAdmin_Certificates_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "castellan/v1/services.proto",
+}
