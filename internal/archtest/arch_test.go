@@ -43,7 +43,12 @@ var allowed = map[string][]string{
 	"internal/workloads": {"identity", "internal/config"},
 	"internal/xds":       {},
 	"internal/judge":     {"authz", "api/policy", "internal/jws"},
+	"internal/kube":      append([]string{"identity", "api"}, leaves...),
 }
+
+// kubeUsers are the only ones who may import internal/kube: everybody else gets
+// plain values of it, so that no other room depends on Kubernetes.
+var kubeUsers = []string{"cmd", "internal/cli", "internal/kube"}
 
 // free may import anything: they wire.
 var free = []string{"cmd", "internal/cli", "internal/up", "internal/archtest", "deploy"}
@@ -94,6 +99,24 @@ func TestImportTable(t *testing.T) {
 			}
 			if !slices.ContainsFunc(allowed[folder], func(a string) bool { return within(own, a) }) {
 				t.Errorf("%s imports %s; the table allows %v", pkg, own, allowed[folder])
+			}
+		}
+	}
+}
+
+// TestKubernetesStaysInItsRoom: the client is behind internal/kube, and internal/kube
+// is met by those who wire only.
+func TestKubernetesStaysInItsRoom(t *testing.T) {
+	for _, line := range goList(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...") {
+		fields := strings.Fields(line)
+		pkg := strings.TrimPrefix(fields[0], module)
+		for _, imported := range fields[1:] {
+			if within(imported, module+"internal/kube") && !slices.ContainsFunc(kubeUsers, func(f string) bool { return within(pkg, f) }) {
+				t.Errorf("%s imports %s; only %v may", pkg, imported, kubeUsers)
+			}
+			// The command's own flags are kubectl's, which are of cli-runtime.
+			if within(imported, "k8s.io/client-go") && !within(pkg, "internal/kube") && !within(pkg, "internal/cli") {
+				t.Errorf("%s imports %s; the client is in internal/kube only", pkg, imported)
 			}
 		}
 	}
