@@ -17,14 +17,17 @@ LINTER    := $(TOOLS)/bin/golangci-lint-v2.15.0
 TAGS := grpcnotrace
 
 BINARIES := castellan castellan-server castellan-agent castellan-proxy
-# Every module of the tree; the first is the product.
-MODULES  := . $(patsubst %/go.mod,%,$(wildcard certs-test/*/go.mod))
+# Modules that exist only for their binaries to be built: testing or linting them
+# would compile all of Kubernetes.
+PARTS    := certs-test/kube certs-test/etcd certs-test/coredns
+# Every other module of the tree; the first is the product.
+MODULES  := . $(filter-out $(PARTS),$(patsubst %/go.mod,%,$(wildcard certs-test/*/go.mod)))
 
 .DEFAULT_GOAL := help
-.PHONY: help build up test unit lint race fuzz bench clean tools
+.PHONY: help build up test unit lint race fuzz bench clean tools cluster-up cluster-down cluster-load cluster-castellan
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-17s %s\n", $$1, $$2}'
 
 build: ## build the four binaries into build/
 	@mkdir -p $(BUILD)
@@ -66,6 +69,23 @@ clean: ## remove what make build and make up made
 
 tools: $(GOTESTSUM)
 	@certs-test/tools/install
+	@certs-test/tools/parts >/dev/null
+
+CLUSTER := cd certs-test/cluster && go run ./cmd/cluster $(if $(NAME),-name $(NAME))
+
+cluster-up: ## start a Kubernetes cluster of two nodes (NAME=... for a second one)
+	@certs-test/tools/install >&2
+	@$(CLUSTER) up
+
+cluster-down: ## stop it and remove all of it
+	@$(CLUSTER) down
+
+cluster-load: ## import the image TAR=FILE into its nodes
+	@$(CLUSTER) load $(abspath $(or $(TAR),$(error TAR=FILE is missing)))
+
+cluster-castellan: build images ## load our images into it and install Castellan
+	@$(CLUSTER) load $(CURDIR)/build/images/*.tar
+	@eval "$$($(CLUSTER) env)" && export KUBECONFIG && $(BUILD)/castellan install
 
 # Tools are built once and kept outside the tree.
 $(GOTESTSUM):

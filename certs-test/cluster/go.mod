@@ -1,0 +1,5 @@
+module castellan.dev/certs-test/cluster
+
+go 1.26.0
+
+require golang.org/x/sys v0.49.0
