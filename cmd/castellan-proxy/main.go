@@ -36,15 +36,8 @@ func main() {
 func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("castellan-proxy", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	path := flags.String("config", "", "configuration `file` (kind ProxyConfig)")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	if *path == "" {
-		return errors.New("-config FILE is required")
-	}
-	var cfg config.Proxy
-	if err := config.Load(*path, &cfg); err != nil {
+	cfg, err := configuration(flags, args)
+	if err != nil {
 		return err
 	}
 	log := telemetry.NewLogger(stderr, cfg.Log)
@@ -76,6 +69,28 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	log.Info("serving", "inbound", len(cfg.Inbound), "outbound", len(cfg.Outbound), "admin", listener.Addr().String(), "agent", cfg.AgentSocket)
 	return serveBoth(ctx, p, admin, log)
+}
+
+// configuration reads what the flags name.
+func configuration(flags *flag.FlagSet, args []string) (cfg config.Proxy, err error) {
+	path := flags.String("config", "", "configuration `file` (kind ProxyConfig)")
+	env := flags.String("config-env", "", "`name` of the environment variable that holds the configuration, in place of a file")
+	if err := flags.Parse(args); err != nil {
+		return cfg, err
+	}
+	switch {
+	case flags.NArg() > 0:
+		return cfg, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case *path != "" && *env != "":
+		return cfg, errors.New("-config FILE and -config-env NAME: give one of them")
+	case *path != "":
+		err = config.Load(*path, &cfg)
+	case *env != "":
+		err = config.LoadEnv(*env, &cfg)
+	default:
+		err = errors.New("-config FILE or -config-env NAME is required")
+	}
+	return cfg, err
 }
 
 // serveBoth keeps the admin listener until the proxy has drained, so that

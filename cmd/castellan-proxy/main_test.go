@@ -41,7 +41,10 @@ func TestBadStarts(t *testing.T) {
 		args []string
 		want string
 	}{
-		"no file":         {nil, "-config FILE is required"},
+		"no file":         {nil, "-config FILE or -config-env NAME is required"},
+		"two sources":     {[]string{"-config", "x", "-config-env", "Y"}, "give one of them"},
+		"argument":        {[]string{"-config", "x", "y"}, `unexpected argument "y"`},
+		"no variable":     {[]string{"-config-env", "CASTELLAN_NOT_SET"}, "environment variable CASTELLAN_NOT_SET is not set"},
 		"absent file":     {[]string{"-config", "/nowhere/p.yaml"}, "no such file"},
 		"unknown field":   {[]string{"-config", write(t, head+inbound+"polcy: x\n")}, `unknown field "polcy"`},
 		"no listener":     {[]string{"-config", write(t, head)}, "at least one listener is needed"},

@@ -51,11 +51,24 @@ func Load(path string, cfg validator) error {
 	if len(data) > maxFile {
 		return fmt.Errorf("config: %s is larger than %d bytes", path, maxFile)
 	}
+	return parse(path, data, cfg)
+}
+
+// LoadEnv does the same with the document in an environment variable.
+func LoadEnv(name string, cfg validator) error {
+	data, ok := os.LookupEnv(name)
+	if !ok {
+		return fmt.Errorf("config: environment variable %s is not set", name)
+	}
+	return parse("$"+name, []byte(data), cfg)
+}
+
+func parse(source string, data []byte, cfg validator) error {
 	if err := Unmarshal(data, cfg); err != nil {
-		return fmt.Errorf("config: %s: %w", path, err)
+		return fmt.Errorf("config: %s: %w", source, err)
 	}
 	if err := cfg.Validate(); err != nil {
-		return fmt.Errorf("config: %s: %w", path, err)
+		return fmt.Errorf("config: %s: %w", source, err)
 	}
 	return nil
 }

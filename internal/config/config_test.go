@@ -242,7 +242,7 @@ func TestProxy(t *testing.T) {
 		"good":               {`{}`, ""},
 		"kind":               {`{kind: Proxy}`, `kind: "Proxy", want "ProxyConfig"`},
 		"socket":             {`{agentSocket: null}`, `agentSocket: required`},
-		"no listeners":       {`{inbound: null, outbound: null}`, `inbound, outbound: at least one listener is needed`},
+		"no listeners":       {`{inbound: null, outbound: null}`, `inbound, outbound, capture: at least one listener is needed`},
 		"inbound only":       {`{outbound: null}`, ""},
 		"outbound only":      {`{inbound: null}`, ""},
 		"listen":             {`{inbound: [{listen: x, app: "a:1"}]}`, `inbound[0].listen: address x: missing port in address`},

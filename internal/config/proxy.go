@@ -17,6 +17,13 @@ type Proxy struct {
 	AgentSocket string     `json:"agentSocket"`
 	Inbound     []Inbound  `json:"inbound,omitempty"`
 	Outbound    []Outbound `json:"outbound,omitempty"`
+	// Capture takes in what the kernel redirects, in a pod.
+	Capture *Capture `json:"capture,omitempty"`
+	// Ready is the host:port of /healthz/ready, in a pod ":15021"; none by default.
+	Ready string `json:"ready,omitempty"`
+	// Probes are the application's probes by the path, below /app-health/, at which
+	// the admin listener answers them.
+	Probes map[string]Probe `json:"probes,omitempty"`
 	// Admin is the host:port of /livez, /readyz and /metrics; default ":15020".
 	Admin string `json:"admin,omitempty"`
 	// AccessLog is "stdout", "off" or a file; default stdout. One JSON object a line.
@@ -72,14 +79,25 @@ func (p *Proxy) Validate() error {
 	if err := CheckSocketPath(p.AgentSocket); err != nil {
 		return fmt.Errorf("agentSocket: %w", err)
 	}
-	if len(p.Inbound)+len(p.Outbound) == 0 {
-		return errors.New("inbound, outbound: at least one listener is needed")
+	if len(p.Inbound)+len(p.Outbound) == 0 && p.Capture == nil {
+		return errors.New("inbound, outbound, capture: at least one listener is needed")
+	}
+	if p.Capture != nil {
+		if err := p.Capture.validate(); err != nil {
+			return fmt.Errorf("capture.%w", err)
+		}
+	}
+	if err := validateProbes(p.Probes); err != nil {
+		return err
 	}
 	if err := p.Limits.validate(); err != nil {
 		return err
 	}
 	if _, _, err := net.SplitHostPort(p.Admin); err != nil {
 		return fmt.Errorf("admin: %w", err)
+	}
+	if _, _, err := net.SplitHostPort(p.Ready); err != nil && p.Ready != "" {
+		return fmt.Errorf("ready: %w", err)
 	}
 	if p.DrainTimeout < 0 {
 		return errors.New("drainTimeout: must not be negative")
