@@ -25,6 +25,7 @@ type Authority struct {
 	cfg      Config
 	dir      string
 	lock     *disk.Lock
+	blobs    Blobs
 	store    KeyStore
 	upstream Upstream
 	// direct is a plugged-in CA of path length 0, which signs leaves itself.
@@ -37,10 +38,12 @@ type Authority struct {
 	issuer *Issuer
 	jwt    *JWTIssuer
 
-	mu      sync.Mutex // guards what follows, and renewal
+	mu      sync.Mutex // guards what follows, and renewal, which may wait for a store
 	bundles *bundleState
-	changed chan struct{}
 	warned  time.Time
+
+	changedMu sync.Mutex
+	changed   chan struct{}
 }
 
 // state is what signs and serves now; replaced whole, never changed.
@@ -52,7 +55,7 @@ type state struct {
 	bundle      *Bundle
 }
 
-// Open loads or creates everything under cfg.DataDir. It refuses what the
+// Open loads or creates everything under cfg.DataDir, or in cfg.Keys. It refuses what the
 // package doc says, with an error that says what to do. Close releases the lock.
 func Open(ctx context.Context, cfg Config) (_ *Authority, err error) {
 	cfg, err = cfg.checked()
@@ -60,7 +63,11 @@ func Open(ctx context.Context, cfg Config) (_ *Authority, err error) {
 		return nil, fmt.Errorf("ca: configuration: %w", err)
 	}
 	dir := filepath.Join(cfg.DataDir, dirName)
-	a := &Authority{cfg: cfg, dir: dir, store: diskStore{dir}, metrics: newMetrics(), changed: make(chan struct{})}
+	a := &Authority{cfg: cfg, dir: dir, blobs: cfg.Keys, metrics: newMetrics(), changed: make(chan struct{})}
+	if a.blobs == nil {
+		a.blobs = DiskBlobs(dir)
+	}
+	a.store = pairStore{a.blobs}
 	if err := disk.MakeDir(dir); err != nil {
 		return nil, fmt.Errorf("ca: %w", err)
 	}
@@ -91,10 +98,10 @@ func (a *Authority) load(ctx context.Context) (err error) {
 	if err := a.openUpstream(ctx); err != nil {
 		return err
 	}
-	if a.jwt, err = openJWT(a.cfg, a.dir, a.metrics); err != nil {
+	if a.jwt, err = openJWT(ctx, a.cfg, a.blobs, a.metrics); err != nil {
 		return err
 	}
-	if a.bundles, err = loadBundleState(a.dir, a.cfg.TrustDomain); err != nil {
+	if a.bundles, err = loadBundleState(ctx, a.blobs, a.cfg.TrustDomain); err != nil {
 		return err
 	}
 	a.issuer = &Issuer{authority: a, lifetimes: a.cfg.lifetimes()}
@@ -118,7 +125,7 @@ func (a *Authority) complete() bool {
 
 func (a *Authority) openUpstream(ctx context.Context) error {
 	if a.cfg.ChainDir == "" {
-		upstream, err := openSelfSigned(ctx, a.cfg, diskStore{a.dir})
+		upstream, err := openSelfSigned(ctx, a.cfg, a.blobs)
 		if err != nil {
 			return err
 		}
@@ -157,9 +164,16 @@ func (a *Authority) Bundle() *Bundle { return a.state.Load().bundle }
 // Changed returns a channel that is closed at the next change of the bundle.
 // Take it before Bundle, so that no change is missed.
 func (a *Authority) Changed() <-chan struct{} {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.changedMu.Lock()
+	defer a.changedMu.Unlock()
 	return a.changed
+}
+
+func (a *Authority) announce() {
+	a.changedMu.Lock()
+	defer a.changedMu.Unlock()
+	close(a.changed)
+	a.changed = make(chan struct{})
 }
 
 // ServingCertificate returns the hook for the server's tls.Config; each

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
@@ -12,7 +13,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -121,7 +121,7 @@ func rootJWK(root *x509.Certificate) (json.RawMessage, error) {
 
 // bundleState keeps the sequence across restarts.
 type bundleState struct {
-	path        string
+	blobs       Blobs
 	trustDomain spiffeid.TrustDomain
 	saved       savedBundle
 	current     *Bundle
@@ -134,9 +134,9 @@ type savedBundle struct {
 	Digest string `json:"digest"`
 }
 
-func loadBundleState(dir string, td spiffeid.TrustDomain) (*bundleState, error) {
-	s := &bundleState{path: filepath.Join(dir, bundleFile), trustDomain: td}
-	data, err := disk.Read(s.path)
+func loadBundleState(ctx context.Context, blobs Blobs, td spiffeid.TrustDomain) (*bundleState, error) {
+	s := &bundleState{blobs: blobs, trustDomain: td}
+	data, err := blobs.Read(ctx, bundleFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
 	}
@@ -144,18 +144,18 @@ func loadBundleState(dir string, td spiffeid.TrustDomain) (*bundleState, error) 
 		return nil, err
 	}
 	if err := json.Unmarshal(data, &s.saved); err != nil || s.saved.Sequence == 0 {
-		return nil, fmt.Errorf("%s is half-written; remove it and the sequence goes on from the clock", s.path)
+		return nil, fmt.Errorf("%s is half-written; remove it and the sequence goes on from the clock", blobs.Where(bundleFile))
 	}
 	if s.saved.TrustDomain != td.Name() {
-		return nil, fmt.Errorf("%s is of trust domain %q and not of %q; use another data directory or set trustDomain back", s.path, s.saved.TrustDomain, td.Name())
+		return nil, fmt.Errorf("%s is of trust domain %q and not of %q; use another data directory or set trustDomain back", blobs.Where(bundleFile), s.saved.TrustDomain, td.Name())
 	}
 	return s, nil
 }
 
 // next returns the bundle of this content; the same one while nothing changed.
-// A new sequence is on disk before anybody sees it. It starts from the clock, so
-// that it rises even where the file was lost.
-func (s *bundleState) next(roots []*x509.Certificate, authorities map[string]crypto.PublicKey, now time.Time) (*Bundle, error) {
+// A new sequence is durable before anybody sees it. It starts from the clock, so
+// that it rises even where the document was lost.
+func (s *bundleState) next(ctx context.Context, roots []*x509.Certificate, authorities map[string]crypto.PublicKey, now time.Time) (*Bundle, error) {
 	digest, err := contentDigest(roots, authorities)
 	if err != nil {
 		return nil, err
@@ -176,7 +176,7 @@ func (s *bundleState) next(roots []*x509.Certificate, authorities map[string]cry
 		if err != nil {
 			return nil, err
 		}
-		if err := disk.Write(s.path, append(data, '\n'), 0o600); err != nil {
+		if err := s.blobs.Write(ctx, bundleFile, append(data, '\n')); err != nil {
 			return nil, err
 		}
 	}

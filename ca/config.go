@@ -21,8 +21,12 @@ import (
 type Config struct {
 	// TrustDomain is the one this authority signs for.
 	TrustDomain spiffeid.TrustDomain
-	// DataDir holds the authority's keys in its folder "ca"; made 0700.
+	// DataDir holds the authority's keys in its folder "ca", made 0700, and the lock
+	// that keeps a second server out.
 	DataDir string
+	// Keys, if set, keeps the authority's keys in place of that folder. Then Ledger
+	// must be able to tell what it holds.
+	Keys Blobs
 	// ChainDir holds a plugged-in chain in Istio's cacerts file names; empty
 	// means a root of our own.
 	ChainDir string

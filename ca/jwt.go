@@ -48,9 +48,9 @@ type JWTSVID struct {
 // String hides the token from logs.
 func (s JWTSVID) String() string { return "JWT-SVID (hidden), expires " + s.ExpiresAt.String() }
 
-func openJWT(cfg Config, dir string, m *metrics) (*JWTIssuer, error) {
+func openJWT(ctx context.Context, cfg Config, blobs Blobs, m *metrics) (*JWTIssuer, error) {
 	longest := min(max(cfg.JWTTTL, longestJWT), cfg.MaxLeafTTL)
-	ring, err := loadKeyRing(dir, cfg.IntermediateTTL, longest, cfg.Now)
+	ring, err := loadKeyRing(ctx, blobs, cfg.IntermediateTTL, longest, cfg.Now)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -12,10 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"time"
-
-	"castellan.dev/internal/disk"
 )
 
 const keyRingFile = "jwt-keys.json"
@@ -28,12 +26,12 @@ const dropLeeway = time.Minute
 // waits; more only while periods are shorter than tokens.
 const maxJWTKeys = 64
 
-// keyRing are the JWT keys on disk, oldest first. Each signs from its activeFrom
+// keyRing are the JWT keys as kept, oldest first. Each signs from its activeFrom
 // until the next one's. The next is made, and so published, half a period before
 // it signs; one that signs no more is kept until its last token has expired. It
 // is guarded by the authority's mutex.
 type keyRing struct {
-	path    string
+	blobs   Blobs
 	period  time.Duration
 	longest time.Duration // the longest a token may live
 	now     func() time.Time
@@ -52,9 +50,9 @@ type savedKey struct {
 	PKCS8      []byte    `json:"pkcs8"`
 }
 
-func loadKeyRing(dir string, period, longest time.Duration, now func() time.Time) (*keyRing, error) {
-	r := &keyRing{path: filepath.Join(dir, keyRingFile), period: period, longest: longest, now: now}
-	data, err := disk.ReadSecret(r.path)
+func loadKeyRing(ctx context.Context, blobs Blobs, period, longest time.Duration, now func() time.Time) (*keyRing, error) {
+	r := &keyRing{blobs: blobs, period: period, longest: longest, now: now}
+	data, err := blobs.Read(ctx, keyRingFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, nil
 	}
@@ -63,12 +61,12 @@ func loadKeyRing(dir string, period, longest time.Duration, now func() time.Time
 	}
 	var saved []savedKey
 	if err := json.Unmarshal(data, &saved); err != nil || len(saved) == 0 || len(saved) > maxJWTKeys {
-		return nil, fmt.Errorf("%s is half-written; restore it from a backup, or remove it and JWT-SVIDs signed so far become invalid", r.path)
+		return nil, fmt.Errorf("%s is half-written; restore it from a backup, or remove it and JWT-SVIDs signed so far become invalid", blobs.Where(keyRingFile))
 	}
 	for i, s := range saved {
 		k, err := s.parse()
 		if err != nil {
-			return nil, fmt.Errorf("%s: key %d: %w", r.path, i, err)
+			return nil, fmt.Errorf("%s: key %d: %w", blobs.Where(keyRingFile), i, err)
 		}
 		r.keys = append(r.keys, k)
 	}
@@ -98,8 +96,8 @@ func newJWTKey(key *ecdsa.PrivateKey, activeFrom time.Time) (jwtKey, error) {
 }
 
 // rotate adds the next key when the last is half-way, and drops those whose last
-// token has expired. What it changes is on disk when it returns.
-func (r *keyRing) rotate() error {
+// token has expired. What it changes is durable when it returns.
+func (r *keyRing) rotate(ctx context.Context) error {
 	now := r.now()
 	keys := r.keys
 	for len(keys) > 1 && !now.Before(keys[1].activeFrom.Add(r.longest+dropLeeway)) {
@@ -128,14 +126,14 @@ func (r *keyRing) rotate() error {
 	if !due && len(keys) == len(r.keys) {
 		return nil
 	}
-	if err := r.save(keys); err != nil {
+	if err := r.save(ctx, keys); err != nil {
 		return err
 	}
 	r.keys = keys
 	return nil
 }
 
-func (r *keyRing) save(keys []jwtKey) error {
+func (r *keyRing) save(ctx context.Context, keys []jwtKey) error {
 	saved := make([]savedKey, 0, len(keys))
 	for _, k := range keys {
 		pkcs8, err := x509.MarshalPKCS8PrivateKey(k.key)
@@ -148,7 +146,7 @@ func (r *keyRing) save(keys []jwtKey) error {
 	if err != nil {
 		return err
 	}
-	return disk.Write(r.path, append(data, '\n'), 0o600)
+	return r.blobs.Write(ctx, keyRingFile, append(data, '\n'))
 }
 
 // authorities are the public halves of all keys, by id.

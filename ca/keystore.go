@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -10,22 +11,18 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"path/filepath"
-
-	"castellan.dev/internal/disk"
 )
 
 // KeyStore keeps the authority's own keys with the certificates that belong to
-// them. On disk now; a KMS, whose keys never leave it, fits the same two calls.
+// them. As documents now; a KMS, whose keys never leave it, fits the same two calls.
 type KeyStore interface {
-	// Load returns what was stored under name, or an error that is
-	// fs.ErrNotExist.
-	Load(name string) (*KeyPair, error)
+	// Load returns what was stored for role, or an error that is fs.ErrNotExist.
+	Load(ctx context.Context, role Role) (*KeyPair, error)
 	// Create makes a new key, asks certify for its chain, and returns when both
-	// are durable; until then an older pair of that name stays.
-	Create(name string, certify func(key crypto.Signer) ([]*x509.Certificate, error)) (*KeyPair, error)
+	// are durable; until then an older pair of that role stays.
+	Create(ctx context.Context, role Role, certify func(key crypto.Signer) ([]*x509.Certificate, error)) (*KeyPair, error)
 	// Where names the place of a pair, for messages.
-	Where(name string) string
+	Where(role Role) string
 }
 
 // KeyPair is a key and its chain, own certificate first.
@@ -34,28 +31,41 @@ type KeyPair struct {
 	Chain []*x509.Certificate
 }
 
-// diskStore keeps each pair in one file, so that no crash can part them.
-type diskStore struct{ dir string }
+// pairStore keeps each pair in one document, so that no crash can part them.
+type pairStore struct{ blobs Blobs }
+
+func pairName(role Role) string { return string(role) + ".pem" }
 
 // Where implements KeyStore.
-func (d diskStore) Where(name string) string { return filepath.Join(d.dir, name+".pem") }
+func (p pairStore) Where(role Role) string { return p.blobs.Where(pairName(role)) }
 
 // Load implements KeyStore.
-func (d diskStore) Load(name string) (*KeyPair, error) {
-	path := d.Where(name)
-	data, err := disk.ReadSecret(path)
+func (p pairStore) Load(ctx context.Context, role Role) (*KeyPair, error) {
+	data, err := p.blobs.Read(ctx, pairName(role))
 	if err != nil {
 		return nil, err
 	}
 	pair, err := parseKeyPair(data)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, &damagedError{fmt.Errorf("%s: %w", p.Where(role), err)}
 	}
 	return pair, nil
 }
 
+// damagedError says that a document was read and is no good; other errors of a
+// store may pass.
+type damagedError struct{ error }
+
+// Unwrap returns the cause.
+func (e *damagedError) Unwrap() error { return e.error }
+
+func damaged(err error) bool {
+	var d *damagedError
+	return errors.As(err, &d)
+}
+
 // Create implements KeyStore.
-func (d diskStore) Create(name string, certify func(crypto.Signer) ([]*x509.Certificate, error)) (*KeyPair, error) {
+func (p pairStore) Create(ctx context.Context, role Role, certify func(crypto.Signer) ([]*x509.Certificate, error)) (*KeyPair, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -72,7 +82,7 @@ func (d diskStore) Create(name string, certify func(crypto.Signer) ([]*x509.Cert
 	for _, c := range chain {
 		data = append(data, encodeCertificate(c)...)
 	}
-	if err := disk.Write(d.Where(name), data, 0o600); err != nil {
+	if err := p.blobs.Write(ctx, pairName(role), data); err != nil {
 		return nil, err
 	}
 	return &KeyPair{Key: key, Chain: chain}, nil

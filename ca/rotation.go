@@ -51,7 +51,7 @@ func (a *Authority) interval() time.Duration {
 	return max(min(checkEvery, a.cfg.MaxLeafTTL/20, a.cfg.JWTTTL/20), 10*time.Millisecond)
 }
 
-// loadIssuers takes from disk what is there and still fits; renew makes the rest.
+// loadIssuers takes from the store what is there and still fits; renew makes the rest.
 func (a *Authority) loadIssuers(ctx context.Context) error {
 	s := &state{}
 	if a.direct != nil {
@@ -60,11 +60,11 @@ func (a *Authority) loadIssuers(ctx context.Context) error {
 		return nil
 	}
 	var err error
-	if s.svid, err = a.loadIssuer(RoleSVIDIssuer, a.svidTemplate); err != nil {
+	if s.svid, err = a.loadIssuer(ctx, RoleSVIDIssuer, a.svidTemplate); err != nil {
 		return err
 	}
 	if a.serves() {
-		if s.serving, err = a.loadIssuer(RoleServingIssuer, a.servingIssuerTemplate); err != nil {
+		if s.serving, err = a.loadIssuer(ctx, RoleServingIssuer, a.servingIssuerTemplate); err != nil {
 			return err
 		}
 	}
@@ -86,19 +86,22 @@ func (a *Authority) servingIssuerTemplate(public crypto.PublicKey, w window) (*x
 }
 
 // loadIssuer returns nil where there is none or where it no longer fits: another
-// root, other names, an expiry slept through. Files that cannot be trusted are an
+// root, other names, an expiry slept through. Documents that cannot be trusted are an
 // error instead.
-func (a *Authority) loadIssuer(role Role, template templateFunc) (*issuing, error) {
-	pair, err := a.store.Load(string(role))
+func (a *Authority) loadIssuer(ctx context.Context, role Role, template templateFunc) (*issuing, error) {
+	pair, err := a.store.Load(ctx, role)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
+	if err != nil && !damaged(err) {
+		return nil, err
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w; remove %s and a new issuer is made under the same root", err, a.store.Where(string(role)))
+		return nil, fmt.Errorf("%w; remove %s and a new issuer is made under the same root", err, a.store.Where(role))
 	}
 	i, err := a.asIssuing(pair)
 	if err != nil {
-		a.cfg.Log.Warn("an issuer on disk does not fit and is replaced", "role", role, "error", err)
+		a.cfg.Log.Warn("a stored issuer does not fit and is replaced", "role", role, "error", err)
 		return nil, nil
 	}
 	want, err := template(pair.Key.Public(), i.window)
@@ -106,7 +109,7 @@ func (a *Authority) loadIssuer(role Role, template templateFunc) (*issuing, erro
 		return nil, err
 	}
 	if fits(i.cert, want) != nil || !i.window.holds(a.cfg.Now()) {
-		a.cfg.Log.Info("an issuer on disk is for another configuration or time and is replaced", "role", role)
+		a.cfg.Log.Info("a stored issuer is for another configuration or time and is replaced", "role", role)
 		return nil, nil
 	}
 	return i, nil
@@ -163,11 +166,11 @@ func (a *Authority) renew(ctx context.Context) error {
 	if err := a.renewServing(ctx, &next); err != nil {
 		errs = append(errs, err)
 	}
-	if err := a.jwt.ring.rotate(); err != nil {
+	if err := a.jwt.ring.rotate(ctx); err != nil {
 		errs = append(errs, fmt.Errorf("JWT keys: %w", err))
 	}
 	previous := next.bundle
-	bundle, err := a.bundles.next(a.upstream.Roots(), a.jwt.ring.authorities(), a.cfg.Now())
+	bundle, err := a.bundles.next(ctx, a.upstream.Roots(), a.jwt.ring.authorities(), a.cfg.Now())
 	if err != nil {
 		errs = append(errs, err)
 	}
@@ -181,8 +184,7 @@ func (a *Authority) renew(ctx context.Context) error {
 	// Only now may a key sign whose public half has been published.
 	a.jwt.published(next.bundle)
 	if previous != next.bundle {
-		close(a.changed)
-		a.changed = make(chan struct{})
+		a.announce()
 	}
 	a.report(&next)
 	return errors.Join(errs...)
@@ -252,7 +254,7 @@ func (a *Authority) makeIssuer(ctx context.Context, role Role, template template
 	if err != nil {
 		return nil, err
 	}
-	pair, err := a.store.Create(string(role), func(key crypto.Signer) ([]*x509.Certificate, error) {
+	pair, err := a.store.Create(ctx, role, func(key crypto.Signer) ([]*x509.Certificate, error) {
 		t, err := template(key.Public(), w)
 		if err != nil {
 			return nil, err

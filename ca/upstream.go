@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -69,30 +68,33 @@ func (l *local) SignIssuer(ctx context.Context, template *x509.Certificate, key 
 	return append([]*x509.Certificate{cert}, l.above...), nil
 }
 
-// openSelfSigned loads the root or, in a directory that has never had one, makes it.
-func openSelfSigned(ctx context.Context, cfg Config, store diskStore) (*local, error) {
-	pair, err := store.Load(string(RoleRoot))
+// openSelfSigned loads the root or, where there has never been one, makes it.
+func openSelfSigned(ctx context.Context, cfg Config, blobs Blobs) (*local, error) {
+	store := pairStore{blobs}
+	pair, err := store.Load(ctx, RoleRoot)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if err := neverUsed(store.dir); err != nil {
+		if err := neverUsed(ctx, cfg, blobs); err != nil {
 			return nil, err
 		}
 		if pair, err = createRoot(ctx, cfg, store); err != nil {
 			return nil, fmt.Errorf("make the root: %w", err)
 		}
 		cfg.Log.Info("made a new root", "trustDomain", cfg.TrustDomain.Name(), "notAfter", pair.Chain[0].NotAfter)
+	case err != nil && !damaged(err):
+		return nil, err
 	case err != nil:
-		return nil, fmt.Errorf("%w; restore it from a backup, or remove %s to begin with a new root that everybody must learn to trust", err, store.dir)
+		return nil, fmt.Errorf("%w; restore it from a backup, or remove %s to begin with a new root that everybody must learn to trust", err, blobs.Where(""))
 	}
 	root := pair.Chain[0]
 	if len(pair.Chain) != 1 || !root.IsCA || root.CheckSignatureFrom(root) != nil {
-		return nil, fmt.Errorf("%s does not hold one self-signed root; restore it from a backup", store.Where(string(RoleRoot)))
+		return nil, fmt.Errorf("%s does not hold one self-signed root; restore it from a backup", store.Where(RoleRoot))
 	}
 	if len(root.URIs) != 1 || root.URIs[0].String() != cfg.TrustDomain.IDString() {
-		return nil, fmt.Errorf("%s is the root of another trust domain than %q (%v); use another data directory or set trustDomain back", store.Where(string(RoleRoot)), cfg.TrustDomain.Name(), root.URIs)
+		return nil, fmt.Errorf("%s is the root of another trust domain than %q (%v); use another data directory (on Kubernetes another Secret) or set trustDomain back", store.Where(RoleRoot), cfg.TrustDomain.Name(), root.URIs)
 	}
 	if err := checkTime(root, cfg.Now()); err != nil {
-		return nil, fmt.Errorf("%s: %w", store.Where(string(RoleRoot)), err)
+		return nil, fmt.Errorf("%s: %w", store.Where(RoleRoot), err)
 	}
 	return &local{
 		issuing: &issuing{key: pair.Key, cert: root, window: intersect(root)},
@@ -100,24 +102,8 @@ func openSelfSigned(ctx context.Context, cfg Config, store diskStore) (*local, e
 	}, nil
 }
 
-// neverUsed refuses to make a root beside what an earlier root left: that would
-// change trust silently.
-func neverUsed(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.Name() != lockName {
-			return fmt.Errorf("%s is missing while %s exists; restore the root from a backup, or remove %s to begin with a new root that everybody must learn to trust",
-				filepath.Join(dir, string(RoleRoot)+".pem"), filepath.Join(dir, e.Name()), dir)
-		}
-	}
-	return nil
-}
-
-func createRoot(ctx context.Context, cfg Config, store diskStore) (*KeyPair, error) {
-	return store.Create(string(RoleRoot), func(key crypto.Signer) ([]*x509.Certificate, error) {
+func createRoot(ctx context.Context, cfg Config, store KeyStore) (*KeyPair, error) {
+	return store.Create(ctx, RoleRoot, func(key crypto.Signer) ([]*x509.Certificate, error) {
 		now := cfg.Now()
 		w := window{now.Add(-cfg.Backdate).Truncate(time.Second).UTC(), now.Add(cfg.RootTTL).Truncate(time.Second).UTC()}
 		template, err := rootTemplate(cfg.TrustDomain, key.Public(), w)
