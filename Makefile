@@ -16,6 +16,8 @@ LINTER    := $(TOOLS)/bin/golangci-lint-v2.15.0
 # reflection: three megabytes of a proxy's memory.
 TAGS := grpcnotrace
 
+COMPILE := CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags "-s -w -X castellan.dev/internal/cli.Version=$(VERSION)"
+
 BINARIES := castellan castellan-server castellan-agent castellan-proxy
 # Modules that exist only for their binaries to be built: testing or linting them
 # would compile all of Kubernetes.
@@ -24,14 +26,24 @@ PARTS    := certs-test/kube certs-test/etcd certs-test/coredns
 MODULES  := . $(filter-out $(PARTS),$(patsubst %/go.mod,%,$(wildcard certs-test/*/go.mod)))
 
 .DEFAULT_GOAL := help
-.PHONY: help build up test unit lint race fuzz bench clean tools cluster-up cluster-down cluster-load cluster-castellan
+.PHONY: help build images up test unit lint race fuzz bench clean tools cluster-up cluster-down cluster-load cluster-castellan
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-17s %s\n", $$1, $$2}'
 
 build: ## build the four binaries into build/
 	@mkdir -p $(BUILD)
-	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags "-s -w -X castellan.dev/internal/cli.Version=$(VERSION)" -o $(BUILD)/ $(addprefix ./cmd/,$(BINARIES))
+	$(COMPILE) -o $(BUILD)/ $(addprefix ./cmd/,$(BINARIES))
+
+# Platforms of the images, and their tag.
+PLATFORMS ?= amd64 arm64
+TAG       ?= dev
+
+images: ## pack build/images/NAME.tar for this machine and build/images/oci/NAME for PLATFORMS
+	@for arch in $(sort $(PLATFORMS) $(shell go env GOARCH)); do \
+	  GOOS=linux GOARCH=$$arch $(COMPILE) -o $(BUILD)/linux-$$arch/ $(addprefix ./cmd/,$(BINARIES)); \
+	done
+	@go run ./deploy/images -release -bin $(BUILD) -tag $(TAG) -platforms "$(PLATFORMS)" -o $(BUILD)/images
 
 up: build ## run a whole mesh on this machine until Ctrl-C
 	@exec $(BUILD)/castellan up $(UPFLAGS)
