@@ -23,7 +23,7 @@ func checkProgram(file, arch string, files map[string]string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	defer program.Close()
+	defer func() { _ = program.Close() }() // only read
 	if program.Machine != machine {
 		return fmt.Errorf("%s is a program for %v, not for %s", file, program.Machine, arch)
 	}
