@@ -18,6 +18,9 @@ const (
 	queriesPerSecond = 100
 	queryBurst       = 200
 
+	// fieldManager is what writes are signed with in managedFields.
+	fieldManager = "castellan-server"
+
 	protobuf = "application/vnd.kubernetes.protobuf"
 )
 
