@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -62,15 +63,15 @@ func (c *Config) fill() error {
 	if c.Log == nil {
 		c.Log = io.Discard
 	}
-	for _, name := range append([]string{c.Name}, c.Nodes...) {
-		if !nameForm.MatchString(name) {
-			return fmt.Errorf("cluster: name %q: want a short lower-case label", name)
-		}
+	if !nameForm.MatchString(c.Name) {
+		return fmt.Errorf("cluster: name %q: want a short lower-case label", c.Name)
 	}
+	seen := map[string]bool{"lo": true, "br0": true} // nodes name interfaces beside these
 	for _, name := range c.Nodes {
-		if len(name) > unix.IFNAMSIZ-1 {
-			return fmt.Errorf("cluster: node name %q: it names an interface and may have %d letters", name, unix.IFNAMSIZ-1)
+		if !nameForm.MatchString(name) || len(name) >= unix.IFNAMSIZ || seen[name] {
+			return fmt.Errorf("cluster: node %q: want different lower-case labels of at most %d letters", name, unix.IFNAMSIZ-1)
 		}
+		seen[name] = true
 	}
 	return nil
 }
@@ -181,60 +182,72 @@ func launch(ctx context.Context, opts layout.Options) (*Cluster, error) {
 	if err := os.WriteFile(opts.Path("options.json"), options, 0o600); err != nil {
 		return nil, err
 	}
-	report, lifeline, process, err := spawn(opts, listener.(*net.TCPListener))
+	first, err := spawn(opts, listener.(*net.TCPListener))
 	if err != nil {
 		return nil, err
 	}
-	defer report.Close()
-	stop := context.AfterFunc(ctx, func() { report.Close() })
-	defer stop()
+	c := &Cluster{lifeline: first.lifeline, state: state{Options: opts, process: first.process}}
+	if c.state.Holders, err = first.wait(ctx); err == nil {
+		err = c.state.write()
+	}
+	if err != nil {
+		first.lifeline.Close()
+		err = errors.Join(err, c.state.kill(context.WithoutCancel(ctx)), cleanCgroups(opts.Name))
+		return nil, fmt.Errorf("cluster: %w (logs are in %s until the next start)", err, opts.Path("logs"))
+	}
+	return c, nil
+}
+
+// spawned is the first process of a cluster that is starting.
+type spawned struct {
+	process
+	lifeline, report *os.File
+}
+
+// wait returns what the daemon reports.
+func (s *spawned) wait(ctx context.Context) (holders map[string]int, err error) {
+	defer s.report.Close()
+	defer context.AfterFunc(ctx, func() { s.report.Close() })()
 	var ready layout.Ready
-	if err := json.NewDecoder(report).Decode(&ready); err != nil {
-		ready.Error = "the daemon gave up: " + err.Error()
+	err = json.NewDecoder(s.report).Decode(&ready)
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case err != nil:
+		return nil, fmt.Errorf("the daemon gave up: %w", err)
+	case ready.Error != "":
+		return nil, errors.New(ready.Error)
 	}
-	if ready.Error == "" {
-		c := &Cluster{lifeline: lifeline}
-		c.state, err = newState(opts, process, ready)
-		if err == nil {
-			return c, c.state.write()
-		}
-		ready.Error = err.Error()
-	}
-	if ctx.Err() != nil {
-		ready.Error = ctx.Err().Error()
-	}
-	lifeline.Close()
-	_ = syscall.Kill(process, syscall.SIGKILL) // our child, not yet waited for by anybody: the number is still its own
-	return nil, fmt.Errorf("cluster: %s (logs are in %s until the next start)", ready.Error, opts.Path("logs"))
+	return ready.Holders, nil
 }
 
 // spawn starts the first process of a cluster in new namespaces. The daemon inherits
 // the listener, the reading end of the lifeline and the writing end of the report,
 // and nothing else: a reader of our standard output must not wait for it.
-func spawn(opts layout.Options, listener *net.TCPListener) (report, lifeline *os.File, process int, err error) {
+func spawn(opts layout.Options, listener *net.TCPListener) (*spawned, error) {
 	outside, err := listener.File()
 	if err != nil {
-		return nil, nil, 0, err
+		return nil, err
 	}
 	defer outside.Close()
 	daemonLife, lifeline, err := os.Pipe()
 	if err != nil {
-		return nil, nil, 0, err
+		return nil, err
 	}
 	defer daemonLife.Close()
 	report, daemonReport, err := os.Pipe()
 	if err != nil {
-		return nil, nil, 0, err
+		return nil, err
 	}
 	defer daemonReport.Close()
 	log, err := os.Create(opts.Path("logs", "daemon.log"))
 	if err != nil {
-		return nil, nil, 0, err
+		return nil, err
 	}
 	defer log.Close()
 	// Descriptors that our own parent left open would pass to the daemon.
-	if err := unix.CloseRange(3, 1<<30, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, nil, 0, err
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, err
 	}
 	cmd := exec.Command(opts.Path("bin", "cluster"), "init", opts.Dir)
 	cmd.Dir = "/"
@@ -246,10 +259,11 @@ func spawn(opts layout.Options, listener *net.TCPListener) (report, lifeline *os
 		Setsid:     true,
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, nil, 0, fmt.Errorf("cluster: new namespaces: %w", err)
+		return nil, fmt.Errorf("cluster: new namespaces: %w", err)
 	}
+	first, err := identify(cmd.Process.Pid) // before anybody waits for it: the number is its own
 	go func() { _ = cmd.Wait() }()
-	return report, lifeline, cmd.Process.Pid, nil
+	return &spawned{process: first, lifeline: lifeline, report: report}, err
 }
 
 // Attach finds the running cluster of that name.
@@ -277,7 +291,7 @@ func (c *Cluster) Stop(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if err := c.state.process().kill(ctx); err != nil {
+	if err := c.state.kill(ctx); err != nil {
 		return fmt.Errorf("cluster: %w", err)
 	}
 	if c.lifeline != nil {

@@ -19,19 +19,17 @@ import (
 // state is what is known of a running cluster, kept in its folder.
 type state struct {
 	Options layout.Options
-	// PID and Started name the first process of the cluster: a number alone may be
-	// somebody else's by now.
-	PID     int
-	Started string
+	process // the first of the cluster
 	Holders map[string]int
 }
 
-func dir(name string) string { return filepath.Join(root, name) }
-
-func newState(opts layout.Options, pid int, ready layout.Ready) (state, error) {
-	started, err := startTime(pid)
-	return state{Options: opts, PID: pid, Started: started, Holders: ready.Holders}, err
+// process is one process. Its start tells it apart from a later one with its number.
+type process struct {
+	PID     int
+	Started string
 }
+
+func dir(name string) string { return filepath.Join(root, name) }
 
 func (s state) write() error {
 	data, err := json.Marshal(s)
@@ -51,24 +49,16 @@ func readState(name string) (state, error) {
 	if err := json.Unmarshal(data, &s); err != nil {
 		return s, err
 	}
-	if started, err := startTime(s.PID); err != nil || started != s.Started {
+	if !s.alive() {
 		return s, errors.New("its process is gone")
 	}
 	return s, nil
 }
 
-func (s state) process() process { return process{pid: s.PID, started: s.Started} }
-
-// process is one process, told apart from a later one with its number.
-type process struct {
-	pid     int
-	started string
-}
-
 // kill ends the process and waits until it is gone. When it is the first of a PID
 // namespace, all others in it are gone by then.
 func (p process) kill(ctx context.Context) error {
-	fd, err := unix.PidfdOpen(p.pid, 0)
+	fd, err := unix.PidfdOpen(p.PID, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
@@ -77,8 +67,8 @@ func (p process) kill(ctx context.Context) error {
 	}
 	defer unix.Close(fd)
 	// The descriptor stands for whoever has the number now; only then is it looked at.
-	if started, err := startTime(p.pid); err != nil || started != p.started {
-		return nil //nolint:nilerr // gone already
+	if !p.alive() {
+		return nil
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill: %w", err)
@@ -97,50 +87,71 @@ func (p process) kill(ctx context.Context) error {
 	}
 }
 
-// startTime is when a process started, in the kernel's ticks since boot. A zombie
+func (p process) alive() bool {
+	now, err := identify(p.PID)
+	return err == nil && now == p
+}
+
+// identify reads when a process started, in the kernel's ticks since boot. A zombie
 // counts as gone.
-func startTime(pid int) (string, error) {
+func identify(pid int) (process, error) {
 	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {
-		return "", err
+		return process{}, err
 	}
 	// The name, in brackets, may hold anything; the state is the first field after it.
 	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
 	if len(fields) < 20 || string(fields[0]) == "Z" || string(fields[0]) == "X" {
-		return "", fs.ErrNotExist
+		return process{}, fs.ErrNotExist
 	}
-	return string(fields[19]), nil
+	return process{PID: pid, Started: string(fields[19])}, nil
 }
 
-// lock keeps others from starting or stopping the cluster of that name meanwhile.
+// lock keeps others from starting or stopping the cluster of that name meanwhile. The
+// file goes when the lock does.
 func lock(name string) (unlock func(), err error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(dir(name)+".lock", os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	path := dir(name) + ".lock"
+	for {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("cluster: %q is being started or stopped by another process: %w", name, err)
+		}
+		// Whoever had the lock before may have removed this very file.
+		if same(path, f) {
+			return func() { os.Remove(path); f.Close() }, nil
+		}
 		f.Close()
-		return nil, fmt.Errorf("cluster: %q is being started or stopped by another process: %w", name, err)
 	}
-	return func() { f.Close() }, nil
+}
+
+func same(path string, f *os.File) bool {
+	there, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	here, err := f.Stat()
+	return err == nil && os.SameFile(there, here)
 }
 
 // clean removes a cluster that is not running: its folder and its cgroups. Mounts and
 // network namespaces went with its processes.
 func clean(name string) error {
+	return errors.Join(cleanCgroups(name), os.RemoveAll(dir(name)))
+}
+
+func cleanCgroups(name string) error {
 	hierarchies, err := filepath.Glob("/sys/fs/cgroup/*/" + layout.Cgroup(name))
-	if err != nil {
-		return err
-	}
 	for _, top := range append(hierarchies, "/sys/fs/cgroup/"+layout.Cgroup(name)) {
-		if err := removeCgroup(top); err != nil {
-			return err
-		}
+		err = errors.Join(err, removeCgroup(top))
 	}
-	return os.RemoveAll(dir(name))
+	return err
 }
 
 // removeCgroup removes a cgroup and those below it. The files in one are the kernel's

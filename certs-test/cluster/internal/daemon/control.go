@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"context"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -11,22 +10,6 @@ import (
 
 // server is the API server's address inside the namespaces.
 var server = "https://" + hostPort(layout.Control4, layout.APIPort)
-
-// controlPlane starts etcd, the API server and what works on its objects.
-func (d *daemon) controlPlane(ctx context.Context) error {
-	if err := d.parts.add(ctx, d.etcd()); err != nil {
-		return err
-	}
-	if err := d.parts.add(ctx, d.apiServer()); err != nil {
-		return err
-	}
-	for _, p := range []part{d.controllerManager(), d.scheduler(), d.dns()} {
-		if err := d.parts.add(ctx, p); err != nil {
-			return err
-		}
-	}
-	return nil
-}
 
 func (d *daemon) etcd() part {
 	return part{
@@ -101,6 +84,9 @@ func (d *daemon) controllerManager() part {
 		"--bind-address=127.0.0.1",
 		"--cluster-signing-cert-file=" + d.etc("ca.crt"),
 		"--cluster-signing-key-file=" + d.etc("ca.key"),
+		// At the default rate its controllers take four seconds to get their tokens.
+		"--kube-api-burst=1000",
+		"--kube-api-qps=500",
 		"--kubeconfig=" + d.etc("kube-controller-manager.conf"),
 		"--leader-elect=false",
 		"--root-ca-file=" + d.etc("ca.crt"),

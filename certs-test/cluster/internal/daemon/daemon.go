@@ -15,6 +15,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -125,30 +126,42 @@ func (d *daemon) start(outside net.Listener) error {
 	return nil
 }
 
-// programs starts the control plane and, beside it, the nodes, which wait for it.
+// programs starts everything: the API server and the nodes' container runtimes
+// first, then what works with them.
 func (d *daemon) programs(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	results := make(chan error)
-	do := func(f func() error) { go func() { results <- f() }() }
-	do(func() error { return d.controlPlane(ctx) })
+	first := []func() error{func() error {
+		return errors.Join(d.parts.add(ctx, d.etcd()), d.parts.add(ctx, d.apiServer()))
+	}}
 	for _, n := range d.nodes {
-		do(func() error { return d.worker(ctx, n) })
+		first = append(first, func() error { return d.runtime(ctx, n) })
 	}
-	var first error
-	for range 1 + len(d.nodes) {
-		if err := <-results; err != nil && first == nil {
-			first = err
-			cancel(err)
-		}
+	if err := together(first...); err != nil {
+		return err
 	}
-	if first != nil {
-		return first
+	then := []func() error{func() error { return d.createVolumes(ctx) }}
+	add := func(p part) { then = append(then, func() error { return d.parts.add(ctx, p) }) }
+	for _, n := range d.nodes {
+		add(d.kubelet(n))
+		add(d.proxy(n))
 	}
-	if err := d.createVolumes(ctx); err != nil {
+	add(d.controllerManager())
+	add(d.scheduler())
+	add(d.dns())
+	if err := together(then...); err != nil {
 		return err
 	}
 	return poll(ctx, d.usable)
+}
+
+// together does all at the same time.
+func together(do ...func() error) error {
+	errs := make([]error, len(do))
+	var all sync.WaitGroup
+	for i, f := range do {
+		all.Go(func() { errs[i] = f() })
+	}
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // files writes keys, certificates and configurations.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"sync"
@@ -46,13 +45,9 @@ func (p *parts) add(ctx context.Context, part part) error {
 func (p *parts) start(ctx context.Context, name string) error {
 	p.mu.Lock()
 	part, ok := p.known[name]
-	_, runs := p.running[name]
 	p.mu.Unlock()
 	if !ok {
 		return fmt.Errorf("there is no %q", name)
-	}
-	if runs {
-		return fmt.Errorf("%q runs already", name)
 	}
 	if err := p.spawn(part); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
@@ -65,6 +60,8 @@ func (p *parts) start(ctx context.Context, name string) error {
 
 func (p *parts) log(name string) string { return p.logs + "/" + name + ".log" }
 
+var errRuns = errors.New("runs already")
+
 func (p *parts) spawn(part part) error {
 	log, err := os.OpenFile(p.log(part.name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -73,38 +70,36 @@ func (p *parts) spawn(part part) error {
 	defer log.Close()
 	cmd := exec.Command(part.args[0], part.args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, runs := p.running[part.name]; runs {
+		return errRuns
+	}
 	if err := cmd.Start(); err != nil {
 		return err
 	}
 	ended := make(chan struct{})
-	p.mu.Lock()
 	p.running[part.name], p.ended[part.name] = cmd, ended
-	p.mu.Unlock()
 	go p.watch(part, cmd, ended)
 	return nil
 }
 
+// watch starts a part again that ended without having been killed.
 func (p *parts) watch(part part, cmd *exec.Cmd, ended chan struct{}) {
 	err := cmd.Wait()
 	close(ended)
 	p.mu.Lock()
-	expected := p.running[part.name] != cmd
-	if !expected {
+	crashed := p.running[part.name] == cmd
+	if crashed {
 		delete(p.running, part.name)
 	}
 	p.mu.Unlock()
-	if expected {
+	if !crashed {
 		return
 	}
 	fmt.Fprintf(os.Stderr, "%s ended: %v\n", part.name, err)
 	time.Sleep(time.Second)
-	p.mu.Lock()
-	_, runs := p.running[part.name]
-	p.mu.Unlock()
-	if runs { // somebody was faster
-		return
-	}
-	if err := p.spawn(part); err != nil {
+	if err := p.spawn(part); err != nil && !errors.Is(err, errRuns) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", part.name, err)
 	}
 }
@@ -148,14 +143,4 @@ func run(args ...string) error {
 		return fmt.Errorf("%s: %w: %s", args[0], err, out)
 	}
 	return nil
-}
-
-func exists(path string) func(context.Context) error {
-	return func(context.Context) error {
-		_, err := os.Stat(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("no %s", path)
-		}
-		return err
-	}
 }

@@ -10,21 +10,16 @@ import (
 	"castellan.dev/certs-test/cluster/internal/layout"
 )
 
-// worker starts a node's programs, containerd first: the kubelet gives up without it.
-func (d *daemon) worker(ctx context.Context, n *node) error {
+// runtime starts what a node runs containers with: before the kubelet, which gives up
+// without it, and with the image that each pod needs.
+func (d *daemon) runtime(ctx context.Context, n *node) error {
 	if err := d.workerFiles(n); err != nil {
 		return err
 	}
 	if err := d.parts.add(ctx, d.containerd(n)); err != nil {
 		return err
 	}
-	if err := run(n.inside("ctr", "-n", "k8s.io", "images", "import", d.opts.Path("pause.tar"))...); err != nil {
-		return err
-	}
-	if err := d.parts.add(ctx, d.kubelet(n)); err != nil {
-		return err
-	}
-	return d.parts.add(ctx, d.proxy(n))
+	return run(n.inside("ctr", "-n", "k8s.io", "images", "import", d.opts.Path("pause.tar"))...)
 }
 
 // containerdConfig: oom scores may not be lowered without CAP_SYS_RESOURCE, which

@@ -1,0 +1,232 @@
+package cluster_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"castellan.dev/certs-test/cluster"
+)
+
+func TestProgramsRestart(t *testing.T) {
+	needCluster(t)
+	ctx := context.Background()
+	const ns = "restarts"
+	pair(t, ns)
+	second, err := shared.Node("node-2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := kubectl("", "get", "-n", ns, "pod", "one", "-o", "jsonpath={.status.podIP}")
+	url := "http://" + must(t, out, err) + ":8080"
+	// The pod answers a program that needs neither kubelet nor API server.
+	answers := func() error {
+		out, err := second.Command(ctx, "curl", "-sS", "--max-time", "5", url).CombinedOutput()
+		if err != nil || string(out) != "one" {
+			return fmt.Errorf("%q, %w", out, err)
+		}
+		return nil
+	}
+	for _, name := range []string{cluster.Kubelet("node-1"), cluster.Containerd("node-1"), cluster.KubeProxy("node-1"), cluster.APIServer, cluster.ControllerManager, cluster.Scheduler, cluster.DNS, cluster.Etcd} {
+		if err := shared.KillProcess(ctx, name); err != nil {
+			t.Fatal(err)
+		}
+		if err := shared.KillProcess(ctx, name); err == nil {
+			t.Errorf("%s was killed twice", name)
+		}
+		if err := answers(); err != nil {
+			t.Errorf("without %s: %v", name, err)
+		}
+		// kubectl would try for ten seconds.
+		expected := name != cluster.APIServer && name != cluster.Etcd
+		eventually(t, "the API server without "+name, func() error {
+			out, err := second.Command(ctx, "curl", "-sSk", "--fail", "--max-time", "2", "https://10.240.0.1:6443/readyz").CombinedOutput()
+			if ok := err == nil; ok != expected {
+				return fmt.Errorf("says %s, %w", out, err)
+			}
+			return nil
+		})
+		if err := shared.StartProcess(ctx, name); err != nil {
+			t.Fatal(err)
+		}
+		if err := shared.StartProcess(ctx, name); err == nil {
+			t.Errorf("%s was started twice", name)
+		}
+	}
+	// All of it works again: a new pod is scheduled, runs and is found by name.
+	apply(t, ns, pod("three", "node-1", "serve"))
+	waitPods(t, ns, "three")
+	eventually(t, "the new pod serves", func() error {
+		out, err := probe(ns, "two", "get", "http://echo")
+		if err == nil && out != "three" {
+			err = fmt.Errorf("%q answered", out)
+		}
+		return err
+	})
+	if err := shared.KillProcess(ctx, "nothing"); err == nil {
+		t.Error("a program that does not exist was killed")
+	}
+}
+
+// startAndWait is the test's own binary as somebody who starts a cluster and then
+// never gets to stop it.
+func startAndWait() {
+	if _, err := cluster.Start(context.Background(), cluster.Config{Name: "crashes", Log: os.Stderr}); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("started")
+	select {}
+}
+
+// TestCrashes follows one name through a life of accidents, and its end.
+func TestCrashes(t *testing.T) {
+	needCluster(t)
+	ctx := context.Background()
+	t.Cleanup(func() {
+		if err := cluster.Down(ctx, "crashes"); err != nil {
+			t.Error(err)
+		}
+	})
+
+	starter := exec.Command("/proc/self/exe", "start-and-wait")
+	stdout, err := starter.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := starter.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, 100)
+	n, _ := stdout.Read(line)
+	if got := string(line[:n]); got != "started\n" {
+		t.Fatalf("the starter says %q", got)
+	}
+	pids := membersOf(t, "crashes")
+	if err := starter.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = starter.Wait()
+	gone(t, "crashes", pids)
+
+	// What it left does not keep the next one from starting, which outlives its starter.
+	up(t, "crashes")
+	pids = membersOf(t, "crashes")
+
+	// The process that all depends on dies, and some others.
+	kill(t, pids[1], pids[len(pids)-1], pids[len(pids)-2])
+	gone(t, "crashes", pids)
+	up(t, "crashes")
+	pids = membersOf(t, "crashes")
+
+	if err := cluster.Down(ctx, "crashes"); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, "crashes", pids)
+	for _, pattern := range []string{"/var/cache/castellan/cluster/crashes*", "/sys/fs/cgroup/castellan-crashes", "/sys/fs/cgroup/*/castellan-crashes"} {
+		if left, err := filepath.Glob(pattern); len(left) > 0 || err != nil {
+			t.Errorf("left behind: %q, %v", left, err)
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || bytes.Contains(mounts, []byte("crashes")) {
+		t.Errorf("mounts left behind, %v:\n%s", err, mounts)
+	}
+	if err := cluster.Down(ctx, "crashes"); err != nil {
+		t.Errorf("stopping what is not there: %v", err)
+	}
+}
+
+// up starts a cluster as make cluster-up does. That Output returns says that no
+// daemon holds the pipe.
+func up(t *testing.T, name string) {
+	t.Helper()
+	cmd := exec.Command("go", "run", "./cmd/cluster", "-name", name, "up")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := cluster.Attach(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "KUBECONFIG=" + c.Kubeconfig() + "\nKUBECTL=" + c.Kubectl() + "\n"; string(out) != want {
+		t.Errorf("cluster up printed %q, want %q", out, want)
+	}
+	nodes, err := exec.Command(c.Kubectl(), "--kubeconfig", c.Kubeconfig(), "get", "nodes", "-o", "name").Output()
+	if err != nil || string(nodes) != "node/node-1\nnode/node-2\n" {
+		t.Errorf("its nodes: %q, %v", nodes, err)
+	}
+}
+
+// membersOf are the processes of a cluster's PID namespace, first and daemon first.
+func membersOf(t *testing.T, name string) []int {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var namespace string
+	var pids []int
+	for _, p := range all {
+		command, err := os.ReadFile(filepath.Join(p, "cmdline"))
+		if err == nil && strings.Contains(string(command), "\x00init\x00/var/cache/castellan/cluster/"+name+"\x00") {
+			namespace, err = os.Readlink(filepath.Join(p, "ns/pid_for_children"))
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, p := range all {
+		if of, err := os.Readlink(filepath.Join(p, "ns/pid")); err == nil && of == namespace {
+			pid, err := strconv.Atoi(filepath.Base(p))
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, pid)
+		}
+	}
+	if len(pids) < 10 {
+		t.Fatalf("%q has only the processes %v", name, pids)
+	}
+	return pids
+}
+
+func kill(t *testing.T, pids ...int) {
+	t.Helper()
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// gone waits until all these processes are.
+func gone(t *testing.T, name string, pids []int) {
+	t.Helper()
+	eventually(t, "the processes of "+name+" end", func() error {
+		for _, pid := range pids {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			if err == nil && !bytes.Contains(stat, []byte(") Z ")) {
+				return fmt.Errorf("%s is there", stat)
+			}
+			if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ESRCH) {
+				return err
+			}
+		}
+		return nil
+	})
+	if _, err := cluster.Attach(name); err == nil {
+		t.Errorf("%q counts as running", name)
+	}
+}
