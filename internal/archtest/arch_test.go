@@ -33,6 +33,8 @@ var allowed = map[string][]string{
 	"sds":                {"identity", "internal/xds"},
 	"proxy":              append([]string{"identity", "authz", "api", "proxy"}, leaves...),
 	"proxy/engine":       {},
+	"proxy/capture":      {"internal/config", "proxy/original"},
+	"proxy/original":     {},
 	"internal/config":    {"identity", "api/policy"},
 	"internal/disk":      {},
 	"internal/telemetry": {"internal/config"},
@@ -43,6 +45,7 @@ var allowed = map[string][]string{
 	"internal/workloads": {"identity", "internal/config"},
 	"internal/xds":       {},
 	"internal/judge":     {"authz", "api/policy", "internal/jws"},
+	"webhook":            {"identity", "authz", "api", "internal/config", "internal/run", "internal/telemetry", "internal/workloads"},
 	"internal/kube":      append([]string{"identity", "api"}, leaves...),
 }
 
