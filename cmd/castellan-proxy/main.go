@@ -24,7 +24,7 @@ func main() {
 	ctx, stop := run.WithSignals(context.Background())
 	err := harden.Process()
 	if err == nil {
-		err = serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
+		err = command(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	}
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
@@ -33,10 +33,23 @@ func main() {
 	}
 }
 
+// command runs what the first argument says: the step that has the kernel redirect
+// a pod's traffic, or else the proxy.
+func command(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == "capture" {
+		return redirect(ctx, args[1:], stderr)
+	}
+	return serve(ctx, args, stdout, stderr)
+}
+
 func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("castellan-proxy", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	cfg, err := configuration(flags, args)
+	source := sourceFlags(flags)
+	if err := parse(flags, args); err != nil {
+		return err
+	}
+	cfg, err := source.load()
 	if err != nil {
 		return err
 	}
@@ -69,28 +82,6 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	log.Info("serving", "inbound", len(cfg.Inbound), "outbound", len(cfg.Outbound), "admin", listener.Addr().String(), "agent", cfg.AgentSocket)
 	return serveBoth(ctx, p, admin, log)
-}
-
-// configuration reads what the flags name.
-func configuration(flags *flag.FlagSet, args []string) (cfg config.Proxy, err error) {
-	path := flags.String("config", "", "configuration `file` (kind ProxyConfig)")
-	env := flags.String("config-env", "", "`name` of the environment variable that holds the configuration, in place of a file")
-	if err := flags.Parse(args); err != nil {
-		return cfg, err
-	}
-	switch {
-	case flags.NArg() > 0:
-		return cfg, fmt.Errorf("unexpected argument %q", flags.Arg(0))
-	case *path != "" && *env != "":
-		return cfg, errors.New("-config FILE and -config-env NAME: give one of them")
-	case *path != "":
-		err = config.Load(*path, &cfg)
-	case *env != "":
-		err = config.LoadEnv(*env, &cfg)
-	default:
-		err = errors.New("-config FILE or -config-env NAME is required")
-	}
-	return cfg, err
 }
 
 // serveBoth keeps the admin listener until the proxy has drained, so that

@@ -84,7 +84,7 @@ const everything = `{"inbound": 15006, "outbound": 15001}`
 func initStep(t testing.TB, n *netnstest.NS, what, captured string) (string, error) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "CAPTURE_CHILD="+what, "CAPTURE_CONFIG="+settings(t, captured))
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0", "CAPTURE_CHILD="+what, "CAPTURE_CONFIG="+settings(t, captured))
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
 	if err := n.Start(cmd); err != nil {
