@@ -123,6 +123,9 @@ func prepare(ctx context.Context, config Config) (layout.Options, error) {
 			return opts, err
 		}
 	}
+	// Where these are modules, nobody else may have loaded them; where they are built
+	// in, there is nothing to load.
+	_ = exec.CommandContext(ctx, "modprobe", "-a", "br_netfilter", "overlay").Run()
 	source, err := output(ctx, "", config.Log, "go", "list", "-m", "-f", "{{.Dir}}", "castellan.dev/certs-test/cluster")
 	if err != nil {
 		return opts, err

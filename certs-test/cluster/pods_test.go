@@ -190,6 +190,37 @@ func TestNodesHaveTheirOwnFolders(t *testing.T) {
 	}
 }
 
+// TestMountsPropagate does what a CSI driver in a pod does for another pod.
+func TestMountsPropagate(t *testing.T) {
+	needCluster(t)
+	const ns = "mounts"
+	namespace(t, ns)
+	driver, user := pod("driver", "node-2", "serve"), pod("user", "node-2", "serve")
+	for p, mount := range map[*object]object{
+		&driver: {"name": "plugin", "mountPath": "/var/lib/kubelet", "mountPropagation": "Bidirectional"},
+		&user:   {"name": "plugin", "mountPath": "/seen", "mountPropagation": "HostToContainer"},
+	} {
+		spec := (*p)["spec"].(object)
+		spec["volumes"] = []object{{"name": "plugin", "hostPath": object{"path": "/var/lib/kubelet"}}}
+		container := spec["containers"].([]object)[0]
+		container["securityContext"] = object{"privileged": true}
+		container["volumeMounts"] = []object{mount}
+	}
+	apply(t, ns, driver, user)
+	waitPods(t, ns, "driver", "user")
+	const dir = "/var/lib/kubelet/plugins"
+	for _, args := range [][]string{{"mount", dir}, {"write", dir + "/file", "text"}} {
+		_, err := probe(ns, "driver", args...)
+		must(t, "", err)
+	}
+	out, err := probe(ns, "user", "read", "/seen/plugins/file")
+	if must(t, out, err) != "text" {
+		t.Errorf("the other pod sees %q", out)
+	}
+	_, err = probe(ns, "driver", "unmount", dir)
+	must(t, "", err)
+}
+
 func TestWebhooksAreReached(t *testing.T) {
 	needCluster(t)
 	const ns = "hooks"

@@ -72,6 +72,16 @@ func TestProgramsRestart(t *testing.T) {
 		}
 		return err
 	})
+	// What ends by itself comes back by itself.
+	before := membersOf(t, "testbed", "/kube-scheduler\x00")
+	kill(t, before...)
+	eventually(t, "the scheduler is back", func() error {
+		now := membersOf(t, "testbed", "/kube-scheduler\x00")
+		if len(now) != 1 || now[0] == before[0] {
+			return fmt.Errorf("%v after %v", now, before)
+		}
+		return nil
+	})
 	if err := shared.KillProcess(ctx, "nothing"); err == nil {
 		t.Error("a program that does not exist was killed")
 	}
@@ -80,7 +90,12 @@ func TestProgramsRestart(t *testing.T) {
 // startAndWait is the test's own binary as somebody who starts a cluster and then
 // never gets to stop it.
 func startAndWait() {
-	if _, err := cluster.Start(context.Background(), cluster.Config{Name: "crashes", Log: os.Stderr}); err != nil {
+	_, err := cluster.Start(context.Background(), cluster.Config{
+		Name: "crashes", Log: os.Stderr,
+		FeatureGates:  map[string]bool{"PodCertificateRequest": true},
+		RuntimeConfig: map[string]string{"certificates.k8s.io/v1beta1": "true"},
+	})
+	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
@@ -111,7 +126,15 @@ func TestCrashes(t *testing.T) {
 	if got := string(line[:n]); got != "started\n" {
 		t.Fatalf("the starter says %q", got)
 	}
-	pids := membersOf(t, "crashes")
+	started, err := cluster.Attach("crashes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	apis, err := exec.Command(started.Kubectl(), "--kubeconfig", started.Kubeconfig(), "get", "--raw", "/apis/certificates.k8s.io/v1beta1").CombinedOutput()
+	if err != nil || !strings.Contains(string(apis), "podcertificaterequests") {
+		t.Errorf("with the feature and its API switched on: %s, %v", apis, err)
+	}
+	pids := membersOf(t, "crashes", "")
 	if err := starter.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -120,13 +143,13 @@ func TestCrashes(t *testing.T) {
 
 	// What it left does not keep the next one from starting, which outlives its starter.
 	up(t, "crashes")
-	pids = membersOf(t, "crashes")
+	pids = membersOf(t, "crashes", "")
 
 	// The process that all depends on dies, and some others.
-	kill(t, pids[1], pids[len(pids)-1], pids[len(pids)-2])
+	kill(t, append(membersOf(t, "crashes", "\x00daemon\x00"), membersOf(t, "crashes", "/kubelet\x00")...)...)
 	gone(t, "crashes", pids)
 	up(t, "crashes")
-	pids = membersOf(t, "crashes")
+	pids = membersOf(t, "crashes", "")
 
 	if err := cluster.Down(ctx, "crashes"); err != nil {
 		t.Fatal(err)
@@ -169,34 +192,41 @@ func up(t *testing.T, name string) {
 	}
 }
 
-// membersOf are the processes of a cluster's PID namespace, first and daemon first.
-func membersOf(t *testing.T, name string) []int {
+// membersOf are the processes of a cluster's PID namespace whose command line, in
+// which each argument ends with a zero byte, contains part.
+func membersOf(t *testing.T, name, part string) []int {
 	t.Helper()
 	all, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		t.Fatal(err)
 	}
 	var namespace string
-	var pids []int
+	commands := map[string]string{}
 	for _, p := range all {
-		command, err := os.ReadFile(filepath.Join(p, "cmdline"))
-		if err == nil && strings.Contains(string(command), "\x00init\x00/var/cache/castellan/cluster/"+name+"\x00") {
+		line, err := os.ReadFile(filepath.Join(p, "cmdline"))
+		if err != nil {
+			continue // ended meanwhile
+		}
+		commands[p] = string(line)
+		if strings.Contains(string(line), "\x00init\x00/var/cache/castellan/cluster/"+name+"\x00") {
 			namespace, err = os.Readlink(filepath.Join(p, "ns/pid_for_children"))
 			if err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	for _, p := range all {
-		if of, err := os.Readlink(filepath.Join(p, "ns/pid")); err == nil && of == namespace {
-			pid, err := strconv.Atoi(filepath.Base(p))
-			if err != nil {
-				t.Fatal(err)
-			}
-			pids = append(pids, pid)
+	var pids []int
+	for p, command := range commands {
+		if of, err := os.Readlink(filepath.Join(p, "ns/pid")); err != nil || of != namespace || !strings.Contains(command, part) {
+			continue
 		}
+		pid, err := strconv.Atoi(filepath.Base(p))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, pid)
 	}
-	if len(pids) < 10 {
+	if part == "" && len(pids) < 10 {
 		t.Fatalf("%q has only the processes %v", name, pids)
 	}
 	return pids

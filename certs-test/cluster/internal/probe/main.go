@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -34,8 +36,12 @@ func run(args []string) error {
 		return err
 	case len(args) == 3 && args[0] == "write":
 		return os.WriteFile(args[1], []byte(args[2]), 0o644)
+	case len(args) == 2 && args[0] == "mount":
+		return unix.Mount("tmpfs", args[1], "tmpfs", 0, "")
+	case len(args) == 2 && args[0] == "unmount":
+		return unix.Unmount(args[1], 0)
 	}
-	return errors.New("usage: probe serve | refuse | get URL | read FILE | write FILE TEXT")
+	return errors.New("usage: probe serve | refuse | get URL | read FILE | write FILE TEXT | mount DIR | unmount DIR")
 }
 
 func whoami(w http.ResponseWriter, _ *http.Request) {
