@@ -12,7 +12,6 @@ import (
 	"net"
 	"os"
 
-	"castellan.dev/internal/config"
 	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
