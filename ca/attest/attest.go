@@ -4,7 +4,8 @@
 // own. The first says which pod asks, the second on which node. A token counts
 // when signature, issuer, audience and times hold, it is bound to a pod and a
 // node, the pod still exists with that UID and service-account UID on that node,
-// and the agent's node is the same.
+// and the agent's node is the same. Tokens are verified here, with the issuer's
+// keys, or by their issuer (Reviewer); all else is the same in both modes.
 //
 // It refuses what it cannot decide: with the view of pods or the issuer's keys
 // away the answer is Unavailable, never a permission. It assumes that the
@@ -79,8 +80,14 @@ type Issuer struct {
 // Config configures an Attestor.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	Issuers     []Issuer
-	Pods        Pods
+	// Issuers are those whose tokens are verified here.
+	Issuers []Issuer
+	// Reviewer, if set, verifies the tokens of all other issuers.
+	Reviewer Reviewer
+	// ReviewAudiences and ReviewCluster are for the Reviewer what an Issuer's are.
+	ReviewAudiences []string
+	ReviewCluster   string
+	Pods            Pods
 	// AgentAccounts are whose token proves a node. None: only direct callers are attested.
 	AgentAccounts []identity.Account
 	// DirectCallers may ask for themselves without an agent; default nobody.
@@ -103,6 +110,7 @@ type Attestor struct {
 	cfg     Config
 	issuers map[string]*Issuer
 	agents  *agentCache
+	reviews *reviews // nil without a Reviewer
 }
 
 // New checks cfg.
@@ -133,7 +141,12 @@ func New(cfg Config) (*Attestor, error) {
 		}
 		a.issuers[is.Name] = &is
 	}
-	if len(a.issuers) == 0 {
+	switch {
+	case cfg.Reviewer != nil && len(cfg.ReviewAudiences) == 0:
+		return nil, errors.New("attest: reviews need at least one audience")
+	case cfg.Reviewer != nil:
+		a.reviews = newReviews(cfg)
+	case len(a.issuers) == 0:
 		return nil, errors.New("attest: no issuer; nobody could be attested")
 	}
 	return a, nil
@@ -218,7 +231,9 @@ func (a *Attestor) attestAgent(ctx context.Context, token string) (*claims, erro
 	if !a.isAgent(c.account) {
 		return nil, denied("not-an-agent", "agent token is of %s, which is not in agentAccounts", c.account)
 	}
-	a.agents.put(token, c)
+	if c.issuer != nil {
+		a.agents.put(token, c)
+	}
 	return c, a.checkPod(ctx, c)
 }
 
@@ -228,17 +243,25 @@ func (a *Attestor) stillGood(c *claims) bool {
 	return err == nil && keys == c.keys && c.token.CheckTimes(a.cfg.Now()) == nil
 }
 
-// verify checks a token against its issuer's keys, fetching them anew (rate
-// bounded by the source) when the key is unknown.
+// verify finds out what a token proves.
 func (a *Attestor) verify(ctx context.Context, token string) (*claims, error) {
+	// Before anybody is asked: what is no token costs nobody a question.
 	u, err := jws.Parse(token)
 	if err != nil {
 		return nil, unauthenticated(reasonOf(err), "%w", err)
 	}
-	issuer := a.issuers[u.Issuer()]
-	if issuer == nil {
-		return nil, unauthenticated("issuer", "issuer %q is not configured", clip(u.Issuer()))
+	switch issuer := a.issuers[u.Issuer()]; {
+	case issuer != nil:
+		return a.verifyHere(ctx, u, issuer)
+	case a.reviews != nil:
+		return a.reviews.verify(ctx, token)
 	}
+	return nil, unauthenticated("issuer", "issuer %q is not configured", clip(u.Issuer()))
+}
+
+// verifyHere checks a token against its issuer's keys, fetching them anew (rate
+// bounded by the source) when the key is unknown.
+func (a *Attestor) verifyHere(ctx context.Context, u *jws.Unverified, issuer *Issuer) (*claims, error) {
 	expect := jws.Expect{Issuer: issuer.Name, Audiences: issuer.Audiences}
 	keys, _ := issuer.Keys.Keys()
 	t, err := u.Verify(keys, expect, a.cfg.Now())
@@ -282,8 +305,12 @@ func (a *Attestor) checkPod(ctx context.Context, c *claims) error {
 	if a.isAgent(c.account) && !a.cfg.AgentsAreListed {
 		return nil
 	}
-	pod, err := a.cfg.Pods.Pod(ctx, PodRef{Namespace: c.account.Namespace(), Name: c.podName, UID: c.podUID})
+	pod, err := a.cfg.Pods.Pod(ctx, PodRef{
+		Namespace: c.account.Namespace(), Name: c.podName, UID: c.podUID, Account: c.account, ServiceAccountUID: c.accountUID,
+	})
 	switch {
+	case errors.Is(err, ErrNoAccount):
+		return denied("account-gone", "service account %s does not exist (any more)", c.account)
 	case errors.Is(err, ErrNotFound):
 		return denied("pod-gone", "pod %s/%s with UID %q does not exist (any more)", c.account.Namespace(), c.podName, c.podUID)
 	case err != nil:

@@ -21,9 +21,10 @@ type claims struct {
 	nodeUID    string
 
 	cluster string
-	token   *jws.Token
-	issuer  *Issuer
-	keys    *jws.KeySet // the set it was verified with
+	// What it was verified with; nil when its issuer was asked instead.
+	token  *jws.Token
+	issuer *Issuer
+	keys   *jws.KeySet
 }
 
 // readClaims reads the claims of a token bound to a pod, as Kubernetes makes them

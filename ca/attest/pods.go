@@ -15,8 +15,16 @@ import (
 // says that it is not known now.
 var ErrNotFound = errors.New("attest: no such pod")
 
-// PodRef is a pod as a token names it.
-type PodRef struct{ Namespace, Name, UID string }
+// ErrNoAccount says that a pod's service account certainly does not exist.
+var ErrNoAccount = errors.New("attest: no such service account")
+
+// PodRef is a pod as a token names it. A view that knows the account under another
+// UID may be behind and can look again.
+type PodRef struct {
+	Namespace, Name, UID string
+	Account              identity.Account
+	ServiceAccountUID    string
+}
 
 // Pod is a live pod. Name and ServiceAccountUID may be empty: not known, not compared.
 type Pod struct {
@@ -29,7 +37,8 @@ type Pod struct {
 
 // Pods answers the question of trust rule 2: does this pod exist, and where.
 type Pods interface {
-	// Pod returns the live pod with that UID, ErrNotFound when there is none.
+	// Pod returns the live pod with that UID, ErrNotFound when there is none and
+	// ErrNoAccount when its account is gone.
 	Pod(ctx context.Context, ref PodRef) (Pod, error)
 	// OnNode returns the live pods of an account on a node, in a stable order.
 	OnNode(ctx context.Context, node string, account identity.Account) ([]Pod, error)

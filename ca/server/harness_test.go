@@ -36,6 +36,7 @@ import (
 	castellanv1 "castellan.dev/api/castellan/v1"
 	"castellan.dev/ca"
 	"castellan.dev/ca/attest"
+	"castellan.dev/ca/attest/attesttest"
 	"castellan.dev/ca/ledger"
 	"castellan.dev/ca/server"
 	"castellan.dev/identity"
@@ -141,6 +142,7 @@ type options struct {
 	discard bool // no log at all
 	timeout time.Duration
 	now     func() time.Time
+	review  bool // tokens are verified by review
 }
 
 func newWorld(t testing.TB, o options) *world {
@@ -179,11 +181,16 @@ func newWorld(t testing.TB, o options) *world {
 		pods = o.pods(pods)
 	}
 	agents := []identity.Account{account(t, "castellan-system/castellan-agent")}
-	attestor, err := attest.New(attest.Config{
-		TrustDomain: td, Pods: pods,
-		Issuers:       []attest.Issuer{{Name: issuerName, Audiences: []string{"castellan.dev", "istio-ca"}, Cluster: "Kubernetes", Keys: w.keys}},
-		AgentAccounts: agents, DirectCallers: o.direct, TrustedNodeAccounts: o.trusted,
-	})
+	attestation := attest.Config{
+		TrustDomain: td, Pods: pods, AgentAccounts: agents, DirectCallers: o.direct, TrustedNodeAccounts: o.trusted,
+	}
+	if audiences := []string{"castellan.dev", "istio-ca"}; o.review {
+		attestation.Reviewer = &attesttest.Reviewer{Issuer: issuerName, Keys: w.keys.Keys, Pods: w.pods.Load}
+		attestation.ReviewAudiences, attestation.ReviewCluster = audiences, "Kubernetes"
+	} else {
+		attestation.Issuers = []attest.Issuer{{Name: issuerName, Audiences: audiences, Cluster: "Kubernetes", Keys: w.keys}}
+	}
+	attestor, err := attest.New(attestation)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -89,9 +90,24 @@ func (w *world) rows(t *testing.T) uint64 {
 }
 
 // TestRefusedCredentials: tokens that are malformed, oversized, expired, of the
-// wrong audience, issuer or key, of gone pods and other nodes.
+// wrong audience, issuer or key, of gone pods and other nodes; whether they are
+// verified here or by review.
 func TestRefusedCredentials(t *testing.T) {
-	w := newWorld(t, options{})
+	inBothModes(t, refusedCredentials)
+}
+
+// inBothModes runs a test with tokens verified here and by review.
+func inBothModes(t *testing.T, test func(t *testing.T, review bool)) {
+	t.Run("local", func(t *testing.T) { test(t, false) })
+	t.Run("review", func(t *testing.T) { test(t, true) })
+}
+
+// refusedByReview are the rows whose token the API server itself refuses, for its
+// pod or account, before we can say what is wrong with it.
+var refusedByReview = []string{"pod gone", "account made anew", "pod of another", "pod under other name"}
+
+func refusedCredentials(t *testing.T, review bool) {
+	w := newWorld(t, options{review: review})
 	stranger := jwstest.RSA(t, issuerName, "k1")        // our issuer's name and kid, another key
 	other := jwstest.RSA(t, "https://other.test", "k1") // an issuer nobody configured
 	unknown := jwstest.RSA(t, issuerName, "k9")
@@ -156,6 +172,11 @@ func TestRefusedCredentials(t *testing.T) {
 	before := w.rows(t)
 	for name, tt := range tests {
 		t.Run("trust-02 "+name, func(t *testing.T) {
+			if review && slices.Contains(refusedByReview, name) {
+				tt.code, tt.cause = codes.Unauthenticated, "token refused by its issuer"
+			} else if review && tt.code == codes.Unauthenticated {
+				tt.cause = "" // the API server's words, or ours about its answer
+			}
 			_, err := w.create(as(t.Context(), tt.workload, tt.agent, tt.more...), &istiov1.IstioCertificateRequest{Csr: request})
 			w.checkRefusal(t, err, tt.code, tt.cause)
 			_, err = w.mint(as(t.Context(), tt.workload, tt.agent, tt.more...), &castellanv1.MintJWTRequest{Audience: []string{"x"}})
@@ -307,9 +328,11 @@ func TestUnknownIsUnavailable(t *testing.T) {
 	w.checkRefusal(t, err, codes.Unavailable, "pods are not known now: connection to the API server refused")
 }
 
-// TestRemovedPodIsRefused: removing the entry is deleting the pod.
-func TestRemovedPodIsRefused(t *testing.T) {
-	w := newWorld(t, options{})
+// TestRemovedPodIsRefused: removing the entry is deleting the pod, at once in both modes.
+func TestRemovedPodIsRefused(t *testing.T) { inBothModes(t, removedPodIsRefused) }
+
+func removedPodIsRefused(t *testing.T, review bool) {
+	w := newWorld(t, options{review: review})
 	request, _ := csr(t)
 	token := w.token(orders())
 	if _, err := w.create(as(t.Context(), token, w.agentToken), &istiov1.IstioCertificateRequest{Csr: request}); err != nil {
@@ -330,9 +353,11 @@ func impersonate(t *testing.T, id any) *structpb.Struct {
 	return s
 }
 
-func TestDirectCallersAndImpersonation(t *testing.T) {
+func TestDirectCallersAndImpersonation(t *testing.T) { inBothModes(t, directCallersAndImpersonation) }
+
+func directCallersAndImpersonation(t *testing.T, review bool) {
 	ztunnel := jwstest.Pod{Namespace: "castellan-system", Account: "ztunnel", AccountUID: "sa-z", Name: "z-1", UID: "pod-z", Node: "node-a", NodeUID: "uid-a"}
-	w := newWorld(t, options{direct: []identity.Account{account(t, "shop/orders")}, trusted: []identity.Account{account(t, "castellan-system/ztunnel")}})
+	w := newWorld(t, options{review: review, direct: []identity.Account{account(t, "shop/orders")}, trusted: []identity.Account{account(t, "castellan-system/ztunnel")}})
 	elsewhere := jwstest.Pod{Namespace: "shop", Account: "payments", AccountUID: "sa-p", Name: "p-1", UID: "pod-p", Node: "node-b", NodeUID: "uid-b"}
 	w.setPods(orders(), ztunnel, elsewhere)
 	request, _ := csr(t)
@@ -377,8 +402,10 @@ func TestDirectCallersAndImpersonation(t *testing.T) {
 	}
 }
 
-func TestAgentAttestsItself(t *testing.T) {
-	w := newWorld(t, options{})
+func TestAgentAttestsItself(t *testing.T) { inBothModes(t, agentAttestsItself) }
+
+func agentAttestsItself(t *testing.T, review bool) {
+	w := newWorld(t, options{review: review})
 	request, _ := csr(t)
 	resp, err := w.create(as(t.Context(), w.agentToken, w.agentToken), &istiov1.IstioCertificateRequest{Csr: request})
 	if err != nil {
