@@ -19,6 +19,7 @@ import (
 
 	"castellan.dev/agent/attest"
 	"castellan.dev/agent/caclient"
+	"castellan.dev/agent/csi"
 	"castellan.dev/agent/svid"
 	"castellan.dev/agent/upstream"
 	"castellan.dev/identity"
@@ -44,18 +45,16 @@ type Agent struct {
 	own       *svid.Source
 	follower  *upstream.Follower
 	metrics   *metrics
-	workloads []*workloadServer
+	workloads []*static
+	mounts    *mounts     // nil off Kubernetes
+	driver    *csi.Driver // nil off Kubernetes
 	deadlines deadlines
 }
 
-// workloadServer is one workload with its socket.
-type workloadServer struct {
-	cfg      config.AgentWorkload
-	account  identity.Account
-	source   *svid.Source
-	view     *upstream.View
-	reporter *upstream.Reporter
-	socket   *socket
+// static is a workload of the configuration, with its socket.
+type static struct {
+	*workloadServer
+	cfg config.AgentWorkload
 }
 
 // New returns an Agent that opens nothing before Run.
@@ -66,49 +65,76 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
+	a := &Agent{cfg: cfg, metrics: newMetrics(cfg.Registerer), deadlines: defaultDeadlines()}
+	for _, make := range []func() error{a.makeIdentities, a.makeWorkloads, a.makeDriver} {
+		if err := make(); err != nil {
+			return nil, fmt.Errorf("agent: %w", err)
+		}
+	}
+	return a, nil
+}
+
+// makeIdentities makes what asks the server: for certificates, and for policy.
+func (a *Agent) makeIdentities() error {
+	cfg := a.cfg
 	td, err := identity.ParseTrustDomain(cfg.Agent.TrustDomain)
 	if err != nil {
-		return nil, fmt.Errorf("agent: %w", err)
+		return err
 	}
-	a := &Agent{cfg: cfg, metrics: newMetrics(cfg.Registerer), deadlines: defaultDeadlines()}
-	target := cfg.Agent.Server
+	target, token := cfg.Agent.Server, caclient.CredentialFile(cfg.Agent.TokenFile)
 	a.client, err = caclient.New(caclient.Config{
 		Address: target.Address, Name: target.Name, BundleFile: target.BundleFile,
-		AgentToken: caclient.CredentialFile(cfg.Agent.TokenFile), Cluster: cfg.Agent.Cluster,
+		AgentToken: token, Cluster: cfg.Agent.Cluster,
 		TrustDomain: td, Log: cfg.Log, Now: cfg.Now,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("agent: %w", err)
+		return err
 	}
 	a.rotator, err = svid.NewRotator(svid.Config{
 		Issuer: a.client, TrustDomain: td, Metrics: svid.NewMetrics(cfg.Registerer), Log: cfg.Log, Now: cfg.Now,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("agent: %w", err)
+		return err
 	}
 	if cfg.Registerer != nil {
 		cfg.Registerer.MustRegister(a.rotator.ExpiryCollector())
 	}
 	// The agent's own identity is whoever its token names.
-	a.own = a.rotator.Add(svid.Identity{Token: caclient.CredentialFile(cfg.Agent.TokenFile)})
+	a.own = a.rotator.Add(svid.Identity{Token: token})
 	a.follower, err = upstream.New(upstream.Config{
 		Client: a.client, Own: a.own, Renew: func() { a.rotator.Renew(a.own) }, Reached: a.rotator.Retry,
 		Trust: a.rotator, TrustDomain: td, Node: cfg.Agent.Node, Registerer: cfg.Registerer, Log: cfg.Log,
 	})
-	if err != nil {
-		return nil, fmt.Errorf("agent: %w", err)
-	}
-	for _, w := range cfg.Agent.Workloads {
+	return err
+}
+
+// makeWorkloads makes those of the configuration.
+func (a *Agent) makeWorkloads() error {
+	for _, w := range a.cfg.Agent.Workloads {
 		account, err := identity.NewAccount(w.Namespace, w.ServiceAccount)
 		if err != nil {
-			return nil, fmt.Errorf("agent: %w", err)
+			return err
 		}
-		a.workloads = append(a.workloads, &workloadServer{
-			cfg: w, account: account,
-			source: a.rotator.Add(svid.Identity{Account: account, Token: caclient.CredentialFile(w.TokenFile)}),
+		a.workloads = append(a.workloads, &static{
+			cfg: w, workloadServer: a.newWorkload(svid.Identity{Account: account, Token: caclient.CredentialFile(w.TokenFile)}),
 		})
 	}
-	return a, nil
+	return nil
+}
+
+// makeDriver makes the kubelet's side, on Kubernetes.
+func (a *Agent) makeDriver() error {
+	cfg := a.cfg.Agent.CSI
+	if cfg == nil {
+		return nil
+	}
+	a.mounts = newMounts(a)
+	var err error
+	a.driver, err = csi.New(csi.Config{
+		KubeletDir: cfg.KubeletDir, StateDir: cfg.StateDir, Node: a.cfg.Agent.Node, Audience: cfg.Audience,
+		Host: a.mounts, Peers: operators(), Log: a.cfg.Log, Registerer: a.cfg.Registerer, Now: a.cfg.Now,
+	})
+	return err
 }
 
 // Run opens every socket and serves until ctx ends. A socket that cannot be
@@ -130,56 +156,32 @@ func (a *Agent) Run(ctx context.Context) error {
 			return fmt.Errorf("agent: workload %q: %w", w.account, err)
 		}
 		listeners = append(listeners, l)
-		if err := a.prepare(w, l); err != nil {
+		s, err := a.open(w.workloadServer, l)
+		if err != nil {
 			return fmt.Errorf("agent: workload %q: %w", w.account, err)
 		}
-		parts = append(parts, w.run)
+		parts = append(parts, func(ctx context.Context) error {
+			defer w.close()
+			return run.All(ctx, w.follow, s.run)
+		})
 		a.cfg.Log.Info("socket open", "account", w.account.String(), "socket", w.cfg.Socket)
+	}
+	if a.driver != nil {
+		parts = append(parts, a.driver.Run)
+	}
+	if a.cfg.Agent.AdminSocket != "" {
+		parts = append(parts, a.serveAdmin)
 	}
 	return run.All(ctx, parts...)
 }
 
-func (a *Agent) prepare(w *workloadServer, l *attest.Listener) error {
-	w.view = a.follower.View()
-	w.reporter = a.follower.Reports.Workload(w.source)
-	var err error
-	w.socket, err = newSocket(socketConfig{
-		listener: l, source: w.source, jwts: a.rotator.JWTs(w.source, a.client),
-		view: w.view, reporter: w.reporter, metrics: a.metrics,
-		log: a.cfg.Log.With("account", w.account.String()), now: a.cfg.Now,
-		deadlines: a.deadlines,
-	})
-	return err
-}
-
-// run serves one workload until ctx ends.
-func (w *workloadServer) run(ctx context.Context) error {
-	defer w.view.Close()
-	defer w.reporter.Close()
-	return run.All(ctx, w.follow, w.socket.run)
-}
-
-// follow carries changes of the workload's state to what is not a stream.
-func (w *workloadServer) follow(ctx context.Context) error {
-	for {
-		state, changed := w.source.Current()
-		w.view.SetPod(state.PodUID)
-		w.reporter.Touch()
-		w.socket.show(state.Status == svid.Valid)
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return nil
-		}
-	}
-}
-
-// Checks returns the readiness checks by name. The agent is ready when it has
-// its own certificate, has heard the server, and every workload has what it can
-// have: a certificate, or the server's refusal. What is valid keeps it ready
-// when the server goes away.
+// Checks returns the readiness checks by name. The agent is ready when it has its
+// own certificate, has heard the server, and, on Kubernetes, is known to the
+// kubelet; off Kubernetes when besides every workload has what it can have: a
+// certificate, or the server's refusal. What is valid keeps it ready when the
+// server goes away.
 func (a *Agent) Checks() map[string]func() error {
-	return map[string]func() error{
+	checks := map[string]func() error{
 		"identity": func() error {
 			own, _ := a.own.Current()
 			return settled(own, false)
@@ -190,15 +192,46 @@ func (a *Agent) Checks() map[string]func() error {
 			}
 			return nil
 		},
-		"workloads": func() error {
-			for _, w := range a.workloads {
-				state, _ := w.source.Current()
-				if err := settled(state, true); err != nil {
-					return fmt.Errorf("%s: %w", w.account, err)
-				}
-			}
-			return nil
-		},
+	}
+	if a.driver != nil {
+		checks["kubelet"] = a.driver.Registered
+	} else {
+		checks["workloads"] = a.settled
+	}
+	return checks
+}
+
+// Notices returns what is shown beside the checks. On Kubernetes a workload without
+// a certificate is one: an agent that is not ready taints its node, and one pod must
+// not do that to the others.
+func (a *Agent) Notices() map[string]func() error {
+	if a.driver == nil {
+		return nil
+	}
+	return map[string]func() error{"workloads": a.settled}
+}
+
+// settled returns the first workload that lacks what it could have.
+func (a *Agent) settled() error {
+	var first error
+	a.each(func(w *workloadServer, _, _ string) {
+		state, _ := w.source.Current()
+		if err := settled(state, true); err != nil && first == nil {
+			first = fmt.Errorf("%s: %w", w.account, err)
+		}
+	})
+	return first
+}
+
+// each visits every workload there is now, with the pod's name and UID where they
+// are known.
+func (a *Agent) each(visit func(w *workloadServer, podName, podUID string)) {
+	for _, w := range a.workloads {
+		state, _ := w.source.Current()
+		visit(w.workloadServer, "", state.PodUID)
+	}
+	if a.mounts != nil {
+		a.mounts.each(func(p *pod) { visit(p.workloadServer, p.name, p.uid) })
 	}
 }
 

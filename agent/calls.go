@@ -56,6 +56,7 @@ func (s *socket) options() []grpc.ServerOption {
 		grpc.StaticConnWindowSize(4 * window),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.InTapHandle(s.calls.admit),
+		grpc.WaitForHandlers(true), // what they use is taken away afterwards
 		grpc.ForceServerCodecV2(frugal{encoding.GetCodecV2(protocodec.Name)}),
 		grpc.ChainStreamInterceptor(s.stream),
 		// Clients ping every 30 s and oftener (rules/clients.md); dead ones are found.

@@ -33,6 +33,8 @@ type socket struct {
 	log      *slog.Logger
 
 	now func() time.Time
+	// wipe overwrites the keys that were made ready to send.
+	wipe func()
 
 	calls *calls
 	// stopping ends when the agent stops: streams end with it.
@@ -70,10 +72,13 @@ func newSocket(cfg socketConfig) (*socket, error) {
 	}
 	s.server = grpc.NewServer(s.options()...)
 	workload.RegisterSpiffeWorkloadAPIServer(s.server, api)
-	secretv3.RegisterSecretDiscoveryServiceServer(s.server, sds.NewServer(sds.Config{
-		Provider: &material{source: cfg.source, log: cfg.log}, Log: cfg.log,
+	keys := &material{source: cfg.source, log: cfg.log}
+	secrets := sds.NewServer(sds.Config{
+		Provider: keys, Log: cfg.log,
 		Observe: func(context.Context) (xds.Observer, func()) { return cfg.reporter.Stream("sds") },
-	}))
+	})
+	s.wipe = func() { secrets.Wipe(); keys.wipe() }
+	secretv3.RegisterSecretDiscoveryServiceServer(s.server, secrets)
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s.server, &discovery{view: cfg.view, reporter: cfg.reporter, log: cfg.log})
 	healthv1.RegisterHealthServer(s.server, s.health)
 	reflection.Register(s.server)
@@ -106,6 +111,7 @@ func (s *socket) run(ctx context.Context) error {
 		return fmt.Errorf("socket %q: %w", s.listener.Addr(), err)
 	}
 	<-s.stopped
+	s.wipe()
 	return nil
 }
 

@@ -141,6 +141,13 @@ func (m *material) Material() (*sds.Material, <-chan struct{}) {
 	return out, changed
 }
 
+// wipe overwrites what was made last. No stream is left to send it.
+func (m *material) wipe() {
+	if last := m.last.Load(); last != nil {
+		clear(last.material.KeyPKCS8)
+	}
+}
+
 // discovery serves the workload's delta stream; it has no state-of-the-world form.
 type discovery struct {
 	discoveryv3.UnimplementedAggregatedDiscoveryServiceServer

@@ -100,6 +100,10 @@ func (s *Server) stream(ctx context.Context) (xds.Config, func()) {
 	return s.config(observer), end
 }
 
+// Wipe overwrites what was made last, private key and all. Call it when no stream
+// is left, and none can come.
+func (s *Server) Wipe() { s.source.wipe() }
+
 func (s *Server) config(observer xds.Observer) xds.Config {
 	return xds.Config{Source: s.source, Types: []string{TypeSecret}, Observer: observer, Log: s.cfg.Log, Limits: s.cfg.Limits}
 }

@@ -59,6 +59,14 @@ func (s *source) Resources(typeURL string) (xds.Snapshot, <-chan struct{}) {
 	return snapshot, changed
 }
 
+func (s *source) wipe() {
+	if last := s.made.Load(); last != nil {
+		for _, r := range last.snapshot {
+			clear(r.Body.GetValue())
+		}
+	}
+}
+
 // secrets builds every name. It is all or nothing: above all a validation context
 // without roots must never leave, since Envoy takes it for "verify nothing".
 func secrets(m *Material) (xds.Snapshot, error) {

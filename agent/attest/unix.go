@@ -1,9 +1,11 @@
-// Package attest tells which workload is calling: off Kubernetes by the socket
-// that was connected to, and by the uid that the kernel vouches for.
+// Package attest tells which workload is calling: by the socket that was connected
+// to. Off Kubernetes anybody may find a socket, so that the uid that the kernel
+// vouches for has to be on a list too; on Kubernetes a socket is in a volume that
+// is mounted into one pod only, and the mount is the proof.
 //
 // A connection of any other uid is closed before a byte of it is read. It
-// assumes that the node's kernel tells the truth and that a uid on the list is
-// the workload's alone.
+// assumes that the node's kernel tells the truth, that a uid on the list is the
+// workload's alone, and that the kubelet mounts a pod's volume into no other.
 package attest
 
 import (
@@ -33,6 +35,8 @@ type UnixConfig struct {
 	Path string
 	// UIDs that may connect; an empty list admits nobody.
 	UIDs []uint32
+	// Mode of the socket; 0 means that anyone may connect, and the uid decides alone.
+	Mode fs.FileMode
 	// Connections bounds those open at once; 0 means 128.
 	Connections int
 	// Refused is told of each connection that was turned away, and why: "uid",
@@ -43,13 +47,49 @@ type UnixConfig struct {
 
 // Listener accepts the connections of one workload. It is a net.Listener.
 type Listener struct {
-	cfg    UnixConfig
+	limits limits
+	// uids that may connect; nil admits everybody who can reach the socket.
+	uids   []uint32
 	inner  *net.UnixListener
-	inode  os.FileInfo
+	file   file
 	slots  chan struct{}
 	closed sync.Once
 	// A uid that keeps knocking must not fill the log; the metric counts it all.
 	logging rate.Sometimes
+}
+
+// limits is what every socket has.
+type limits struct {
+	name        string // in logs
+	connections int
+	refused     func(reason string)
+	log         *slog.Logger
+}
+
+// file is where a listener's socket is.
+type file interface {
+	// remove takes the socket away, unless it is another's by now.
+	remove()
+	// ours reports whether the socket is still there.
+	ours() bool
+}
+
+func newListener(inner *net.UnixListener, f file, uids []uint32, l limits) *Listener {
+	// Removed by Close, and only if it is still ours.
+	inner.SetUnlinkOnClose(false)
+	if l.connections <= 0 {
+		l.connections = defaultConnections
+	}
+	if l.refused == nil {
+		l.refused = func(string) {}
+	}
+	if l.log == nil {
+		l.log = slog.New(slog.DiscardHandler)
+	}
+	return &Listener{
+		limits: l, uids: uids, inner: inner, file: f, slots: make(chan struct{}, l.connections),
+		logging: rate.Sometimes{First: 3, Interval: time.Second},
+	}
 }
 
 // Listen opens the socket. A stale one, which no process listens on, is
@@ -61,14 +101,8 @@ func Listen(cfg UnixConfig) (*Listener, error) {
 	if !filepath.IsAbs(cfg.Path) {
 		return nil, fmt.Errorf("socket %q: the path must be absolute", cfg.Path)
 	}
-	if cfg.Connections <= 0 {
-		cfg.Connections = defaultConnections
-	}
-	if cfg.Refused == nil {
-		cfg.Refused = func(string) {}
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
+	if cfg.Mode == 0 {
+		cfg.Mode = 0o666
 	}
 	dir := filepath.Dir(cfg.Path)
 	if err := makeDir(dir); err != nil {
@@ -89,19 +123,35 @@ func Listen(cfg UnixConfig) (*Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
 	}
-	// Removed by Close, and only if it is still ours.
-	inner.SetUnlinkOnClose(false)
-	l := &Listener{cfg: cfg, inner: inner, slots: make(chan struct{}, cfg.Connections), logging: rate.Sometimes{First: 3, Interval: time.Second}}
-	// Anyone may connect; who may talk is decided by uid at Accept.
-	if err := os.Chmod(cfg.Path, 0o666); err != nil {
+	// Who may talk is decided by uid at Accept, whatever the mode.
+	if err := os.Chmod(cfg.Path, cfg.Mode); err != nil {
 		_ = inner.Close() // the error at hand counts
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
 	}
-	if l.inode, err = os.Lstat(cfg.Path); err != nil {
+	inode, err := os.Lstat(cfg.Path)
+	if err != nil {
 		_ = inner.Close() // the error at hand counts
 		return nil, fmt.Errorf("socket %q: %w", cfg.Path, err)
 	}
-	return l, nil
+	uids := append([]uint32{}, cfg.UIDs...) // never nil, which would admit everybody
+	return newListener(inner, pathFile{cfg.Path, inode}, uids, limits{cfg.Path, cfg.Connections, cfg.Refused, cfg.Log}), nil
+}
+
+// pathFile is a socket by its path.
+type pathFile struct {
+	path  string
+	inode os.FileInfo
+}
+
+func (f pathFile) ours() bool {
+	info, err := os.Lstat(f.path)
+	return err == nil && os.SameFile(info, f.inode)
+}
+
+func (f pathFile) remove() {
+	if f.ours() {
+		_ = os.Remove(f.path) // a stale socket is replaced at the next start
+	}
 }
 
 // makeDir makes the directory and its parents, passable for everybody whatever
@@ -219,29 +269,31 @@ func (l *Listener) Accept() (net.Conn, error) {
 }
 
 func (l *Listener) admit(conn *net.UnixConn) net.Conn {
-	cred, err := peer(conn)
-	if err != nil {
-		// Not knowing who calls refuses the call.
-		l.refuse("credentials", "error", err)
-		return nil
-	}
-	if !slices.Contains(l.cfg.UIDs, cred.Uid) {
-		l.refuse("uid", "uid", cred.Uid, "pid", cred.Pid)
-		return nil
+	if l.uids != nil {
+		cred, err := peer(conn)
+		if err != nil {
+			// Not knowing who calls refuses the call.
+			l.refuse("credentials", "error", err)
+			return nil
+		}
+		if !slices.Contains(l.uids, cred.Uid) {
+			l.refuse("uid", "uid", cred.Uid, "pid", cred.Pid)
+			return nil
+		}
 	}
 	select {
 	case l.slots <- struct{}{}:
 		return &admitted{UnixConn: conn, release: sync.OnceFunc(func() { <-l.slots })}
 	default:
-		l.refuse("limit", "limit", l.cfg.Connections, "uid", cred.Uid, "pid", cred.Pid)
+		l.refuse("limit", "limit", l.limits.connections)
 		return nil
 	}
 }
 
 func (l *Listener) refuse(reason string, attrs ...any) {
-	l.cfg.Refused(reason)
+	l.limits.refused(reason)
 	l.logging.Do(func() {
-		l.cfg.Log.Warn("connection refused", append([]any{"socket", l.cfg.Path, "reason", reason}, attrs...)...)
+		l.limits.log.Warn("connection refused", append([]any{"socket", l.limits.name, "reason", reason}, attrs...)...)
 	})
 }
 
@@ -268,13 +320,15 @@ func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 func (l *Listener) Close() error {
 	err := net.ErrClosed
 	l.closed.Do(func() {
-		if info, statErr := os.Lstat(l.cfg.Path); statErr == nil && os.SameFile(info, l.inode) {
-			_ = os.Remove(l.cfg.Path) // a stale socket is replaced at the next start
-		}
+		l.file.remove()
 		err = l.inner.Close()
 	})
 	return err
 }
+
+// Lost reports whether the socket was taken away, or replaced, by somebody else:
+// nobody can find the listener any more.
+func (l *Listener) Lost() bool { return !l.file.ours() }
 
 // admitted gives its slot back when closed.
 type admitted struct {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 
 	"castellan.dev/identity"
@@ -70,8 +71,23 @@ func (f CredentialFile) Read() (Credential, error) {
 	return c, nil
 }
 
-// Stamp tells one version of a file from the next without reading it.
-type Stamp struct{ at fileStamp }
+// Token is where a credential is read from, each time it is used.
+type Token interface {
+	Read() (Credential, error)
+	// Stamp changes when what Read returns may have.
+	Stamp() Stamp
+	// Where names the place in errors.
+	Where() string
+}
+
+// Stamp tells one version of a token from the next without reading it.
+type Stamp struct {
+	at      fileStamp
+	version uint64 // of what is in memory
+}
+
+// Where names the file.
+func (f CredentialFile) Where() string { return fmt.Sprintf("token file %q", string(f)) }
 
 // Stamp returns the file's stamp as it is now.
 func (f CredentialFile) Stamp() Stamp {
@@ -79,16 +95,67 @@ func (f CredentialFile) Stamp() Stamp {
 	if err != nil {
 		return Stamp{} // none: Read says why
 	}
-	return Stamp{fileStamp{modified: info.ModTime(), size: info.Size(), inode: info}}
+	return Stamp{at: fileStamp{modified: info.ModTime(), size: info.Size(), inode: info}}
 }
 
 // Same reports whether both are of one version; two of no file are.
 func (s Stamp) Same(o Stamp) bool {
+	if s.version != o.version {
+		return false
+	}
 	if s.at.inode == nil || o.at.inode == nil {
 		return s.at.inode == nil && o.at.inode == nil
 	}
 	return s.at.same(o.at)
 }
+
+// Held is a token that its giver brings and replaces: it is in memory, and nowhere
+// else as far as this package goes.
+type Held struct {
+	where string
+
+	mu      sync.Mutex
+	now     Credential
+	version uint64
+}
+
+// Hold returns a Held with its first token; where names it in errors.
+func Hold(where string, c Credential) *Held { return &Held{where: where, now: c, version: 1} }
+
+// Set replaces the token and reports whether it is another.
+func (h *Held) Set(c Credential) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.now == c {
+		return false
+	}
+	h.now = c
+	h.version++
+	return true
+}
+
+// Drop forgets the token; nothing is read after it.
+func (h *Held) Drop() { h.Set(Credential{}) }
+
+// Read returns the token.
+func (h *Held) Read() (Credential, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.now.value == "" {
+		return Credential{}, errors.New("token: there is none any more")
+	}
+	return h.now, nil
+}
+
+// Stamp returns the version that Read would return.
+func (h *Held) Stamp() Stamp {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return Stamp{version: h.version}
+}
+
+// Where names the token.
+func (h *Held) Where() string { return h.where }
 
 // readBounded reads a regular file of at most limit bytes. A pipe or a device in
 // its place is refused instead of waited for.

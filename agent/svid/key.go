@@ -39,6 +39,12 @@ func (k *Key) PKCS8() ([]byte, error) {
 	return der, nil
 }
 
+// wipe overwrites the key. What the library keeps of it beside, and what was sent
+// of it, is the garbage collector's.
+func (k *Key) wipe() {
+	clear(k.private.D.Bits()) //nolint:staticcheck // SA1019: an invalid key is what is wanted
+}
+
 // Equal compares in constant time.
 func (k *Key) Equal(o *Key) bool { return k != nil && o != nil && k.private.Equal(o.private) }
 

@@ -39,7 +39,7 @@ type Config struct {
 type Identity struct {
 	// Account is who it must be; zero takes whoever the token names (the agent itself).
 	Account identity.Account
-	Token   caclient.CredentialFile
+	Token   caclient.Token
 }
 
 // Rotator keeps every identity's SVID fresh.
@@ -71,6 +71,8 @@ type entry struct {
 	// Of the last attempt: what the token file was, and which pod it named.
 	token    caclient.Stamp
 	askedFor string
+	// cancel ends what is in flight.
+	cancel context.CancelFunc
 }
 
 // NewRotator returns a Rotator that does nothing before Run.
@@ -111,7 +113,8 @@ func (r *Rotator) Add(id Identity) *Source {
 	return e.source
 }
 
-// Remove forgets an identity and its key. What is in flight for it is dropped.
+// Remove forgets an identity and its key. What is in flight for it is cancelled.
+// Nobody may be serving the identity any more: the key is overwritten.
 func (r *Rotator) Remove(s *Source) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -120,6 +123,12 @@ func (r *Rotator) Remove(s *Source) {
 		return
 	}
 	delete(r.entries, s)
+	if e.cancel != nil {
+		e.cancel()
+	}
+	if e.svid != nil {
+		e.svid.Key.wipe()
+	}
 	e.svid, e.answer, e.problem = nil, nil, &caclient.Error{Kind: caclient.Refused, Err: errors.New("workload removed")}
 	r.publish(e)
 }
@@ -135,6 +144,17 @@ func (r *Rotator) Retry() {
 		}
 	}
 	r.nudge()
+}
+
+// RenewsAt returns when the identity's next attempt is due; zero for one that was removed.
+func (r *Rotator) RenewsAt(s *Source) time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, ok := r.entries[s]
+	if !ok {
+		return time.Time{}
+	}
+	return e.due.wall
 }
 
 // renewAgain keeps a server that refuses a fresh certificate from making a loop.
@@ -197,8 +217,11 @@ func (r *Rotator) renew(ctx context.Context, e *entry) {
 	if e.unproved {
 		r.unproved--
 	}
-	e.inFlight, e.unproved = false, false
+	e.inFlight, e.unproved, e.cancel = false, false, nil
 	if _, kept := r.entries[e.source]; !kept || (err != nil && ctx.Err() != nil) {
+		if next != nil {
+			next.Key.wipe()
+		}
 		return
 	}
 	if err != nil {
@@ -236,9 +259,13 @@ func (r *Rotator) attempt(ctx context.Context, e *entry) (*SVID, *caclient.Answe
 	if e.svid != nil {
 		limit = timeout(e.svid.NotAfter.Sub(r.cfg.Now()), true)
 	}
-	r.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	e.cancel = cancel
+	if _, kept := r.entries[e.source]; !kept {
+		cancel() // removed before there was anything to cancel
+	}
+	r.mu.Unlock()
 	answer, err := r.cfg.Issuer.Issue(ctx, caclient.Request{Workload: workload, Token: credential, Key: key.Signer()})
 	if err != nil {
 		return nil, nil, err

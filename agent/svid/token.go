@@ -9,13 +9,13 @@ import (
 	"castellan.dev/identity"
 )
 
-// watchTokensEvery is how often the token files are looked at.
+// watchTokensEvery is how often the tokens are looked at.
 const watchTokensEvery = 3 * time.Second
 
 // watchTokens brings on what a new token may change: a pod that was created
 // again has its certificate within seconds, although the one before it was
 // refused, or has half of its life before it. It looks at the files' times only;
-// a token that the kubelet replaced for its age alone changes nothing.
+// a token that was replaced for its age alone changes nothing.
 func (r *Rotator) watchTokens(ctx context.Context) {
 	tick := time.NewTicker(watchTokensEvery)
 	defer tick.Stop()
@@ -44,6 +44,18 @@ func (r *Rotator) tokensSeen() map[*entry]caclient.Stamp {
 		}
 	}
 	return seen
+}
+
+// TokenChanged looks at one identity's token now: whoever brought a new one says
+// so. While it is being asked for with the old one, watchTokens sees it later.
+func (r *Rotator) TokenChanged(s *Source) {
+	r.mu.Lock()
+	e, ok := r.entries[s]
+	idle := ok && !e.inFlight
+	r.mu.Unlock()
+	if idle {
+		r.tokenChanged(e, e.identity.Token.Stamp())
+	}
 }
 
 func (r *Rotator) tokenChanged(e *entry, stamp caclient.Stamp) {
@@ -78,10 +90,10 @@ func (r *Rotator) identify(e *entry) (caclient.Credential, identity.Workload, er
 	}
 	claims, err := credential.Claims()
 	if err != nil {
-		return credential, identity.Workload{}, fmt.Errorf("token file %q: %w", string(e.identity.Token), err)
+		return credential, identity.Workload{}, fmt.Errorf("%s: %w", e.identity.Token.Where(), err)
 	}
 	if want := e.identity.Account; !want.IsZero() && claims.Account != want {
-		return credential, identity.Workload{}, fmt.Errorf("token file %q is of %q, the configuration says %q", string(e.identity.Token), claims.Account, want)
+		return credential, identity.Workload{}, fmt.Errorf("%s is of %q, the configuration says %q", e.identity.Token.Where(), claims.Account, want)
 	}
 	workload, err := identity.New(r.cfg.TrustDomain, claims.Account)
 	if err != nil {

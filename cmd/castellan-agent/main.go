@@ -22,7 +22,7 @@ func main() {
 	ctx, stop := run.WithSignals(context.Background())
 	err := harden.Process()
 	if err == nil {
-		err = start(ctx, os.Args[1:], os.Stderr)
+		err = dispatch(ctx, os.Args[1:], os.Stderr)
 	}
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
@@ -31,22 +31,37 @@ func main() {
 	}
 }
 
+// dispatch runs what args ask for, until ctx ends.
+func dispatch(ctx context.Context, args []string, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == adminStdio {
+		return startStdio(ctx, args[1:], stderr)
+	}
+	return start(ctx, args, stderr)
+}
+
 // start runs the agent until ctx ends.
 func start(ctx context.Context, args []string, stderr io.Writer) error {
-	flags := flag.NewFlagSet("castellan-agent", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	file := flags.String("config", "", "configuration `FILE` (kind AgentConfig)")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	if *file == "" || flags.NArg() > 0 {
-		return errors.New("usage: castellan-agent -config FILE")
-	}
-	var cfg config.Agent
-	if err := config.Load(*file, &cfg); err != nil {
+	cfg, err := load("castellan-agent", args, stderr)
+	if err != nil {
 		return err
 	}
 	return serve(ctx, cfg, stderr)
+}
+
+// load reads the configuration that args name.
+func load(command string, args []string, stderr io.Writer) (config.Agent, error) {
+	flags := flag.NewFlagSet(command, flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	file := flags.String("config", "", "configuration `FILE` (kind AgentConfig)")
+	if err := flags.Parse(args); err != nil {
+		return config.Agent{}, err
+	}
+	if *file == "" || flags.NArg() > 0 {
+		return config.Agent{}, fmt.Errorf("usage: %s -config FILE", command)
+	}
+	var cfg config.Agent
+	err := config.Load(*file, &cfg)
+	return cfg, err
 }
 
 func serve(ctx context.Context, cfg config.Agent, stderr io.Writer) error {
@@ -63,6 +78,9 @@ func serve(ctx context.Context, cfg config.Agent, stderr io.Writer) error {
 	admin := telemetry.NewAdmin(listener, registry, log)
 	for name, check := range a.Checks() {
 		admin.AddCheck(name, check)
+	}
+	for name, check := range a.Notices() {
+		admin.AddNotice(name, check)
 	}
 	return run.All(ctx, admin.Run, a.Run)
 }

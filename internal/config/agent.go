@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 
 	"castellan.dev/identity"
 )
@@ -17,17 +19,37 @@ type Agent struct {
 
 	// TrustDomain is the mesh's own.
 	TrustDomain string `json:"trustDomain"`
-	// Node is this node's name, as in the tokens' node claim.
-	Node string `json:"node"`
+	// Node is this node's name, as in the tokens' node claim; default: what the
+	// environment variable NODE_NAME says.
+	Node string `json:"node,omitempty"`
 	// Cluster goes with every request as clusterid; default "Kubernetes".
 	Cluster string `json:"cluster,omitempty"`
 	// TokenFile holds the agent's own token; read again for every use.
 	TokenFile string       `json:"tokenFile"`
 	Server    ServerTarget `json:"server"`
 	// Admin is the host:port of /livez, /readyz and /metrics; default 127.0.0.1:15015.
-	Admin     string          `json:"admin,omitempty"`
+	Admin string `json:"admin,omitempty"`
+	// AdminSocket is the Unix socket of the operator's service; default with csi
+	// /run/castellan/admin.sock, without it there is none.
+	AdminSocket string `json:"adminSocket,omitempty"`
+	// Workloads are those off Kubernetes.
 	Workloads []AgentWorkload `json:"workloads,omitempty"`
-	Log       Log             `json:"log,omitzero"`
+	// CSI serves the pods of a Kubernetes node.
+	CSI *AgentCSI `json:"csi,omitempty"`
+	Log Log       `json:"log,omitzero"`
+}
+
+// AgentCSI is the kubelet's side of the agent.
+type AgentCSI struct {
+	// KubeletDir is the kubelet's root directory, by the path that the kubelet uses;
+	// default /var/lib/kubelet.
+	KubeletDir string `json:"kubeletDir,omitempty"`
+	// StateDir keeps pods' tokens for the agent after this one, and should be on a
+	// tmpfs of the node; default /run/castellan/agent.
+	StateDir string `json:"stateDir,omitempty"`
+	// Audience of the tokens in the volumes, one of those that the server takes;
+	// default castellan.dev.
+	Audience string `json:"audience,omitempty"`
 }
 
 // ServerTarget is where the server is and how it is known.
@@ -59,6 +81,7 @@ func (a *Agent) Validate() error {
 	if _, err := identity.ParseTrustDomain(a.TrustDomain); err != nil {
 		return fmt.Errorf("trustDomain: %w", err)
 	}
+	setDefault(&a.Node, os.Getenv("NODE_NAME"))
 	for _, f := range []struct{ field, value string }{
 		{"node", a.Node}, {"tokenFile", a.TokenFile}, {"server.address", a.Server.Address}, {"server.bundleFile", a.Server.BundleFile},
 	} {
@@ -74,6 +97,9 @@ func (a *Agent) Validate() error {
 	if _, _, err := net.SplitHostPort(a.Admin); err != nil {
 		return fmt.Errorf("admin: %w", err)
 	}
+	if err := a.validateCSI(); err != nil {
+		return err
+	}
 	sockets := map[string]bool{}
 	for i, w := range a.Workloads {
 		if err := w.validate(); err != nil {
@@ -85,6 +111,31 @@ func (a *Agent) Validate() error {
 		sockets[w.Socket] = true
 	}
 	return a.Log.validate()
+}
+
+func (a *Agent) validateCSI() error {
+	if a.CSI != nil {
+		setDefault(&a.CSI.KubeletDir, "/var/lib/kubelet")
+		setDefault(&a.CSI.StateDir, "/run/castellan/agent")
+		setDefault(&a.CSI.Audience, "castellan.dev")
+		setDefault(&a.AdminSocket, "/run/castellan/admin.sock")
+		for _, f := range []struct{ field, value string }{{"csi.kubeletDir", a.CSI.KubeletDir}, {"csi.stateDir", a.CSI.StateDir}} {
+			if !filepath.IsAbs(f.value) || filepath.Clean(f.value) != f.value {
+				return fmt.Errorf("%s: %q must be an absolute path in its shortest form", f.field, f.value)
+			}
+		}
+		// The longest socket below it; the kubelet connects by this path.
+		if err := CheckSocketPath(filepath.Join(a.CSI.KubeletDir, "plugins_registry", "csi.castellan.dev-reg.sock")); err != nil {
+			return fmt.Errorf("csi.kubeletDir: %w", err)
+		}
+	}
+	if a.AdminSocket == "" {
+		return nil
+	}
+	if err := CheckSocketPath(a.AdminSocket); err != nil {
+		return fmt.Errorf("adminSocket: %w", err)
+	}
+	return nil
 }
 
 func (w AgentWorkload) validate() error {
