@@ -77,6 +77,36 @@ func ValidateFor(doc policy.Document, mesh policy.Mesh, ports map[uint16]string)
 	return v.findings
 }
 
+// maxPortSets bounds how many different declarations of ports a document is looked at with.
+const maxPortSets = 8
+
+// ValidateForAll is ValidateFor for every workload that a document selects, by what
+// each declares of its ports. Where none is selected, where one says nothing about
+// a port and where they are too many, it is as if nobody had declared any.
+func ValidateForAll(doc policy.Document, mesh policy.Mesh, ports []map[uint16]string) []Finding {
+	if len(ports) == 0 || len(ports) > maxPortSets || slices.ContainsFunc(ports, undeclared) {
+		return Validate(doc, mesh)
+	}
+	var out []Finding
+	for _, set := range ports {
+		for _, f := range ValidateFor(doc, mesh, set) {
+			if !slices.Contains(out, f) {
+				out = append(out, f)
+			}
+		}
+	}
+	return out
+}
+
+func undeclared(ports map[uint16]string) bool {
+	for _, protocol := range ports {
+		if protocol == "" {
+			return true
+		}
+	}
+	return len(ports) == 0
+}
+
 // validation collects findings about one document.
 type validation struct {
 	mesh      policy.Mesh

@@ -58,7 +58,7 @@ func newBuilder(mesh policy.Mesh, td spiffeid.TrustDomain) (*builder, error) {
 func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
 	s := &state{admission: a, byUID: make(map[string]*workload, len(file.Workloads))}
 	ix := newIndex(a.docs, b.mesh)
-	ports := declaredPorts(file)
+	ports := file.DeclaredPorts()
 	b.ports = portSets{}
 	for i := range file.Workloads {
 		w, err := b.workload(&file.Workloads[i], a, ix, ports)
@@ -77,7 +77,7 @@ func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
 
 func (b *builder) workload(w *workloads.Workload, a *admission, ix *index, ports map[string]map[uint16]string) (*workload, error) {
 	docs := ix.selecting(w.Namespace, w.Labels)
-	declared := workloadPorts(w, ports[w.PodUID])
+	declared := ports[w.PodUID]
 	portSet := b.ports.id(declared)
 	for _, d := range docs {
 		d.selectedBy(portSet)
@@ -205,41 +205,6 @@ func (ix *index) selecting(namespace string, labels map[string]string) []*inForc
 	return out
 }
 
-// declaredPorts collects, by pod and port, what services declare about the ports
-// of their endpoints.
-func declaredPorts(file *workloads.File) map[string]map[uint16]string {
-	out := map[string]map[uint16]string{}
-	for _, s := range file.Services {
-		for _, e := range s.Endpoints {
-			for _, p := range s.Ports {
-				number := endpointPort(e, p.Number)
-				ports := out[e.Workload]
-				if ports == nil {
-					ports = map[uint16]string{}
-					out[e.Workload] = ports
-				}
-				if have, ok := ports[number]; ok && have != p.Protocol {
-					ports[number] = "" // services disagree: told apart by first bytes
-				} else {
-					ports[number] = p.Protocol
-				}
-			}
-		}
-	}
-	return out
-}
-
-// workloadPorts is what the workload declares itself, and for its other ports
-// what services do.
-func workloadPorts(w *workloads.Workload, services map[uint16]string) map[uint16]string {
-	ports := make(map[uint16]string, len(services)+len(w.Ports))
-	maps.Copy(ports, services)
-	for _, p := range w.Ports {
-		ports[p.Number] = p.Protocol
-	}
-	return ports
-}
-
 func portMessages(ports map[uint16]string) []*castellanv1.WorkloadPort {
 	numbers := slices.Sorted(maps.Keys(ports))
 	out := make([]*castellanv1.WorkloadPort, len(numbers))
@@ -247,14 +212,6 @@ func portMessages(ports map[uint16]string) []*castellanv1.WorkloadPort {
 		out[i] = &castellanv1.WorkloadPort{Number: uint32(n), Protocol: ports[n]}
 	}
 	return out
-}
-
-// endpointPort is the endpoint's port for a service's.
-func endpointPort(e workloads.Endpoint, port uint16) uint16 {
-	if target, ok := e.Ports[port]; ok {
-		return target
-	}
-	return port
 }
 
 // serviceIdentities says of each service where it is and who must answer (rule 33).
@@ -291,7 +248,7 @@ func (b *builder) serviceIdentity(s workloads.Service, pods map[string]*workload
 		}
 		ports := make(map[uint32]uint32, len(s.Ports))
 		for _, p := range s.Ports {
-			ports[uint32(p.Number)] = uint32(endpointPort(e, p.Number))
+			ports[uint32(p.Number)] = uint32(e.Port(p.Number))
 		}
 		msg.Endpoints = append(msg.Endpoints, &castellanv1.Endpoint{Address: pod.Address, Ports: ports, SpiffeId: id.String()})
 		b.expect(expected, id)

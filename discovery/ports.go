@@ -51,18 +51,11 @@ func (d *inForce) selectedBy(id int) {
 // where these have all declared their ports, it is known whether an HTTP field
 // meets a TCP port, and where one has not, it may.
 func (p *portSets) warnings(d *inForce, mesh policy.Mesh) []authz.Finding {
-	if len(d.portSets) == 0 || len(d.portSets) > maxPortSets || slices.Contains(d.portSets, 0) {
-		return authz.Validate(d.doc, mesh)
+	sets := make([]map[uint16]string, len(d.portSets))
+	for i, id := range d.portSets {
+		sets[i] = p.sets[id]
 	}
-	var out []authz.Finding
-	for _, id := range d.portSets {
-		for _, f := range authz.ValidateFor(d.doc, mesh, p.sets[id]) {
-			if !slices.Contains(out, f) {
-				out = append(out, f)
-			}
-		}
-	}
-	return out
+	return authz.ValidateForAll(d.doc, mesh, sets)
 }
 
 // concretise makes the warnings about accepted AuthorizationPolicies those of the
