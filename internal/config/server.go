@@ -182,8 +182,8 @@ func (s *Server) Validate() error {
 	if r := s.RateLimit; r.PodBurst < 0 || r.PodPerSecond < 0 || r.TotalBurst < 0 || r.TotalPerSecond < 0 {
 		return errors.New("rateLimit: limits must not be negative")
 	}
-	if s.Webhook != nil && s.Kubernetes == nil {
-		return errors.New("webhook: there is none without kubernetes")
+	if err := s.checkWebhook(); err != nil {
+		return err
 	}
 	return s.Log.validate()
 }
