@@ -55,7 +55,7 @@ func (d *document) validate() error {
 	uids := map[string]bool{}
 	for i := range d.Workloads {
 		w := &d.Workloads[i]
-		if err := w.validate(); err != nil {
+		if err := w.Check(); err != nil {
 			return fmt.Errorf("workloads[%d].%w", i, err)
 		}
 		if uids[w.PodUID] {
@@ -66,7 +66,7 @@ func (d *document) validate() error {
 	names := map[string]bool{}
 	for i := range d.Services {
 		s := &d.Services[i]
-		if err := s.validate(uids); err != nil {
+		if err := s.check(uids); err != nil {
 			return fmt.Errorf("services[%d].%w", i, err)
 		}
 		name := s.Namespace + "/" + s.Name
@@ -78,7 +78,8 @@ func (d *document) validate() error {
 	return nil
 }
 
-func (w *Workload) validate() error {
+// Check says what is wrong with a workload, naming the field.
+func (w *Workload) Check() error {
 	if _, err := identity.NewAccount(w.Namespace, w.ServiceAccount); err != nil {
 		return fmt.Errorf("namespace/serviceAccount: %w", err)
 	}
@@ -111,7 +112,8 @@ func (w *Workload) validate() error {
 	return nil
 }
 
-func (s *Service) validate(uids map[string]bool) error {
+// Check says what is wrong with a service but for its endpoints, naming the field.
+func (s *Service) Check() error {
 	// A service's name follows the rules of an account's.
 	if _, err := identity.NewAccount(s.Namespace, s.Name); err != nil {
 		return fmt.Errorf("namespace/name: %q/%q: names in the form of RFC 1123 are wanted", s.Namespace, s.Name)
@@ -142,11 +144,6 @@ func (s *Service) validate(uids map[string]bool) error {
 		}
 		ports[p.Number] = true
 	}
-	for i, e := range s.Endpoints {
-		if err := e.validate(uids, ports); err != nil {
-			return fmt.Errorf("endpoints[%d].%w", i, err)
-		}
-	}
 	for i, san := range s.SubjectAltNames {
 		if _, err := spiffeid.FromString(san); err != nil {
 			return fmt.Errorf("subjectAltNames[%d]: %q: %w", i, san, err)
@@ -155,9 +152,25 @@ func (s *Service) validate(uids map[string]bool) error {
 	return nil
 }
 
-// validate refuses endpoints that nothing stands behind: a typing error there
+func (s *Service) check(uids map[string]bool) error {
+	if err := s.Check(); err != nil {
+		return err
+	}
+	ports := map[uint16]bool{}
+	for _, p := range s.Ports {
+		ports[p.Number] = true
+	}
+	for i, e := range s.Endpoints {
+		if err := e.check(uids, ports); err != nil {
+			return fmt.Errorf("endpoints[%d].%w", i, err)
+		}
+	}
+	return nil
+}
+
+// check refuses endpoints that nothing stands behind: a typing error there
 // would otherwise show as a service that is merely unreachable.
-func (e *Endpoint) validate(uids map[string]bool, ports map[uint16]bool) error {
+func (e *Endpoint) check(uids map[string]bool, ports map[uint16]bool) error {
 	if !uids[e.Workload] {
 		return fmt.Errorf("workload: %q is no podUID of this file", e.Workload)
 	}

@@ -1,0 +1,317 @@
+package kube
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"castellan.dev/internal/workloads"
+)
+
+const (
+	// still is how long nothing must have changed before a new reading is made, and
+	// stillMost how long after the first change it is made all the same.
+	still     = 20 * time.Millisecond
+	stillMost = 100 * time.Millisecond
+
+	defaultClusterDomain = "cluster.local"
+)
+
+// InventoryConfig configures an Inventory.
+type InventoryConfig struct {
+	Informers *Informers
+	// ClusterDomain is what the names of services end with; default cluster.local.
+	ClusterDomain string
+	Log           *slog.Logger
+}
+
+// Inventory keeps the cluster's pods and services as a *workloads.File. Every
+// change makes a new one, of which only what has changed is made anew. An object
+// that cannot be represented is left out with a line in the log, and never keeps
+// the others from being seen.
+type Inventory struct {
+	cfg  InventoryConfig
+	log  *slog.Logger
+	wake chan struct{}
+
+	mu      sync.Mutex
+	dirty   changes
+	file    *workloads.File
+	changed chan struct{}
+
+	// All below belongs to Run's goroutine.
+	pods     map[string]*candidate // by UID
+	services map[string]*service   // by namespace/name
+	// users are the services with an endpoint at an address.
+	users    map[string]map[string]bool
+	told     map[string]string // what was logged of an object
+	revision uint64
+}
+
+// service is one service of the cluster as it was converted last.
+type service struct {
+	object    *corev1.Service
+	made      *workloads.Service // nil: of no business of the mesh
+	addresses []string           // that its slices name
+}
+
+// changes are what must be looked at again.
+type changes struct {
+	pods     map[string]bool // UIDs
+	services map[string]bool // namespace/name
+}
+
+func noChanges() changes { return changes{pods: map[string]bool{}, services: map[string]bool{}} }
+
+// NewInventory subscribes to the informers; call it before they run.
+func NewInventory(cfg InventoryConfig) *Inventory {
+	if cfg.ClusterDomain == "" {
+		cfg.ClusterDomain = defaultClusterDomain
+	}
+	inv := &Inventory{cfg: cfg, log: cfg.Log, wake: make(chan struct{}, 1), dirty: noChanges(), changed: make(chan struct{}),
+		pods: map[string]*candidate{}, services: map[string]*service{}, users: map[string]map[string]bool{}, told: map[string]string{}}
+	if inv.log == nil {
+		inv.log = slog.New(slog.DiscardHandler)
+	}
+	i := cfg.Informers
+	i.pods.changed = append(i.pods.changed, inv.podChanged)
+	i.services.changed = append(i.services.changed, inv.serviceChanged)
+	i.endpoints.changed = append(i.endpoints.changed, inv.sliceChanged)
+	for _, m := range []*mirror{i.accounts, i.namespaces} {
+		m.changed = append(m.changed, func(_, _ metav1.Object) { inv.announceFirst() })
+	}
+	return inv
+}
+
+// Current returns the cluster as it was seen last, nil until all of it has been.
+func (inv *Inventory) Current() *workloads.File {
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	return inv.file
+}
+
+// Changed returns a channel that is closed at the next change of Current. Take it
+// before Current, so that no change is missed.
+func (inv *Inventory) Changed() <-chan struct{} {
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	return inv.changed
+}
+
+// Run makes readings until ctx ends.
+func (inv *Inventory) Run(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-inv.wake:
+		}
+		if !inv.cfg.Informers.Synced() {
+			continue // whatever is still missing announces itself
+		}
+		inv.quiet(ctx)
+		inv.update()
+	}
+}
+
+// quiet waits until changes stop coming.
+func (inv *Inventory) quiet(ctx context.Context) {
+	most := time.NewTimer(stillMost)
+	defer most.Stop()
+	quiet := time.NewTimer(still)
+	defer quiet.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-most.C:
+			return
+		case <-quiet.C:
+			return
+		case <-inv.wake:
+			quiet.Reset(still)
+		}
+	}
+}
+
+func (inv *Inventory) announce() {
+	select {
+	case inv.wake <- struct{}{}:
+	default:
+	}
+}
+
+// announceFirst is for kinds that only count until everything is known once.
+func (inv *Inventory) announceFirst() {
+	if inv.Current() == nil {
+		inv.announce()
+	}
+}
+
+func (inv *Inventory) podChanged(old, next metav1.Object) {
+	before, _ := old.(*corev1.Pod)
+	after, _ := next.(*corev1.Pod)
+	if before != nil && after != nil && samePod(before, after) {
+		return
+	}
+	inv.note(func(c *changes) {
+		if before != nil {
+			c.pods[string(before.UID)] = true
+		}
+		if after != nil {
+			c.pods[string(after.UID)] = true
+		}
+	})
+}
+
+// samePod reports whether nothing has changed that a workload is made of: most of
+// what happens to a pod are its conditions.
+func samePod(a, b *corev1.Pod) bool {
+	return a.UID == b.UID && live(a) == live(b) && a.Spec.NodeName == b.Spec.NodeName &&
+		maps.Equal(a.Labels, b.Labels) && slices.Equal(addresses(a), addresses(b))
+}
+
+func (inv *Inventory) serviceChanged(old, next metav1.Object) {
+	inv.note(func(c *changes) {
+		for _, o := range []metav1.Object{old, next} {
+			if o != nil {
+				c.services[o.GetNamespace()+"/"+o.GetName()] = true
+			}
+		}
+	})
+}
+
+func (inv *Inventory) sliceChanged(old, next metav1.Object) {
+	before, _ := old.(*discoveryv1.EndpointSlice)
+	after, _ := next.(*discoveryv1.EndpointSlice)
+	inv.note(func(c *changes) {
+		for _, s := range []*discoveryv1.EndpointSlice{before, after} {
+			if s != nil && s.Labels[discoveryv1.LabelServiceName] != "" {
+				c.services[s.Namespace+"/"+s.Labels[discoveryv1.LabelServiceName]] = true
+			}
+		}
+	})
+}
+
+func (inv *Inventory) note(add func(*changes)) {
+	inv.mu.Lock()
+	add(&inv.dirty)
+	inv.mu.Unlock()
+	inv.announce()
+}
+
+// update makes the next reading.
+func (inv *Inventory) update() {
+	inv.mu.Lock()
+	c := inv.dirty
+	inv.dirty = noChanges()
+	first := inv.file == nil
+	inv.mu.Unlock()
+
+	u := &update{Inventory: inv, changes: c, selectors: map[string]*selectorIndex{}, labels: map[string]*labelIndex{}}
+	if !u.run() && !first {
+		return
+	}
+	file := inv.reading()
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	inv.file = file
+	close(inv.changed)
+	inv.changed = make(chan struct{})
+}
+
+// reading puts a File together, in an order that hangs on names alone.
+func (inv *Inventory) reading() *workloads.File {
+	file := &workloads.File{Resolved: true, Workloads: make([]workloads.Workload, 0, len(inv.pods))}
+	for _, c := range inv.pods {
+		file.Workloads = append(file.Workloads, *c.Workload)
+	}
+	slices.SortFunc(file.Workloads, func(a, b workloads.Workload) int {
+		if d := strings.Compare(a.Namespace, b.Namespace); d != 0 {
+			return d
+		}
+		if d := strings.Compare(a.PodName, b.PodName); d != 0 {
+			return d
+		}
+		return strings.Compare(a.PodUID, b.PodUID)
+	})
+	for _, s := range inv.services {
+		if s.made != nil {
+			file.Services = append(file.Services, *s.made)
+		}
+	}
+	slices.SortFunc(file.Services, func(a, b workloads.Service) int {
+		if d := strings.Compare(a.Namespace, b.Namespace); d != 0 {
+			return d
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return file
+}
+
+// complain logs what is wrong with an object, once until that changes; nil forgets.
+func (inv *Inventory) complain(kind, name string, err error) {
+	key := kind + " " + name
+	if err == nil {
+		delete(inv.told, key)
+		return
+	}
+	if inv.told[key] == err.Error() {
+		return
+	}
+	inv.told[key] = err.Error()
+	inv.log.Warn("object of the cluster is left out, or a part of it", slog.String("kind", kind), slog.String("object", name), slog.Any("error", err))
+}
+
+// Matching counts the workloads of the mesh with all these labels in a namespace,
+// or with "" in any. Before everything is known there are none.
+func (inv *Inventory) Matching(namespace string, labels map[string]string) int {
+	file := inv.Current()
+	if file == nil {
+		return 0
+	}
+	n := 0
+	for i := range file.Workloads {
+		w := &file.Workloads[i]
+		if w.OutsideMesh || namespace != "" && w.Namespace != namespace {
+			continue
+		}
+		if hasLabels(w.Labels, labels) {
+			n++
+		}
+	}
+	return n
+}
+
+func hasLabels(have, wanted map[string]string) bool {
+	for k, v := range wanted {
+		if got, ok := have[k]; !ok || got != v {
+			return false
+		}
+	}
+	return true
+}
+
+func sameWorkload(a, b *workloads.Workload) bool {
+	return a.Namespace == b.Namespace && a.ServiceAccount == b.ServiceAccount && a.PodUID == b.PodUID && a.PodName == b.PodName &&
+		a.Node == b.Node && a.Address == b.Address && a.OutsideMesh == b.OutsideMesh &&
+		maps.Equal(a.Labels, b.Labels) && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Addresses, b.Addresses)
+}
+
+func sameService(a, b *workloads.Service) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	x, y := *a, *b
+	x.Revision, y.Revision = 0, 0
+	return reflect.DeepEqual(x, y)
+}
