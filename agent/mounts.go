@@ -55,12 +55,12 @@ func (m *mounts) Open(v csi.Volume, dir *os.File) (csi.Endpoint, error) {
 	}
 	p, err := m.enter(v)
 	if err != nil {
-		l.Close()
+		_ = l.Close() // the error at hand counts
 		return nil, err
 	}
 	s, err := m.agent.open(p.workloadServer, l)
 	if err != nil {
-		l.Close()
+		_ = l.Close() // the error at hand counts
 		m.leave(p)
 		return nil, err
 	}

@@ -52,7 +52,7 @@ func (d *Driver) serve(ctx context.Context) error {
 	registerv1.RegisterRegistrationServer(registering, &registrationService{driver: d})
 	second, err := d.listen(d.registrationPath())
 	if err != nil {
-		first.Close()
+		_ = first.Close() // the error at hand counts
 		return err
 	}
 	return run.All(ctx,
@@ -127,7 +127,7 @@ func serveUntilLost(ctx context.Context, server *grpc.Server, l *attest.Listener
 			case <-tick.C:
 			}
 		}
-		l.Close()
+		_ = l.Close() // closed already where serving has ended
 	})
 	return server.Serve(l)
 }

@@ -59,7 +59,7 @@ func (t target) openParent(kubeletDir string) (*os.File, error) {
 	}
 	for _, part := range []string{t.podUID, volumesDir, pluginDir, t.volume} {
 		next, err := openDir(fd, part)
-		unix.Close(fd)
+		_ = unix.Close(fd) // it was opened for the next part only
 		if err != nil {
 			return nil, fmt.Errorf("pod's directory: %q: %w", part, err)
 		}
@@ -101,7 +101,7 @@ func makeMount(parent int) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }() // nothing was written to it
 	// By the descriptor: fchmodat would follow a link. O_PATH descriptors cannot be
 	// changed themselves.
 	return unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), 0o755)
