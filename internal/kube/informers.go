@@ -49,6 +49,7 @@ type InformersConfig struct {
 type Informers struct {
 	cfg                                             InformersConfig
 	pods, accounts, namespaces, services, endpoints *mirror
+	policies                                        *Policies
 }
 
 // NewInformers makes mirrors; nothing is asked before Run.
@@ -62,7 +63,7 @@ func NewInformers(cfg InformersConfig) (*Informers, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
-	i := &Informers{cfg: cfg}
+	i := &Informers{cfg: cfg, policies: newPolicies(cfg)}
 	core, disc := cfg.Kubernetes.CoreV1(), cfg.Kubernetes.DiscoveryV1()
 	unstreamed := watchlist.DoesClientNotSupportWatchListSemantics(cfg.Kubernetes)
 	add := func(m *mirror, indexers cache.Indexers) *mirror {
@@ -109,9 +110,13 @@ func (i *Informers) Run(ctx context.Context) error {
 	for _, m := range i.core() {
 		running.Go(func() { m.run(ctx) })
 	}
+	running.Go(func() { i.policies.run(ctx) })
 	running.Wait()
 	return nil
 }
+
+// Policies are the policies of the cluster.
+func (i *Informers) Policies() *Policies { return i.policies }
 
 // Pods holds *corev1.Pod with the indexes IndexUID, IndexNode and IndexNamespace:
 // metadata (name, namespace, UID, labels, deletion time, resource version),
@@ -124,8 +129,8 @@ func (i *Informers) Pods() cache.Indexer { return i.pods.Indexer }
 // namespace, UID. The objects must not be changed.
 func (i *Informers) ServiceAccounts() cache.Indexer { return i.accounts.Indexer }
 
-// Synced reports whether all of it has been listed once. Before, that something is
-// not there says nothing.
+// Synced reports whether all of it but policies has been listed once. Before, that
+// something is not there says nothing.
 func (i *Informers) Synced() bool {
 	for _, m := range i.core() {
 		if !m.synced.Load() {

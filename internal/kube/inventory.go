@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -17,14 +16,7 @@ import (
 	"castellan.dev/internal/workloads"
 )
 
-const (
-	// still is how long nothing must have changed before a new reading is made, and
-	// stillMost how long after the first change it is made all the same.
-	still     = 20 * time.Millisecond
-	stillMost = 100 * time.Millisecond
-
-	defaultClusterDomain = "cluster.local"
-)
+const defaultClusterDomain = "cluster.local"
 
 // InventoryConfig configures an Inventory.
 type InventoryConfig struct {
@@ -39,9 +31,9 @@ type InventoryConfig struct {
 // that cannot be represented is left out with a line in the log, and never keeps
 // the others from being seen.
 type Inventory struct {
-	cfg  InventoryConfig
-	log  *slog.Logger
-	wake chan struct{}
+	cfg   InventoryConfig
+	log   *slog.Logger
+	pacer pacer
 
 	mu      sync.Mutex
 	dirty   changes
@@ -77,7 +69,7 @@ func NewInventory(cfg InventoryConfig) *Inventory {
 	if cfg.ClusterDomain == "" {
 		cfg.ClusterDomain = defaultClusterDomain
 	}
-	inv := &Inventory{cfg: cfg, log: cfg.Log, wake: make(chan struct{}, 1), dirty: noChanges(), changed: make(chan struct{}),
+	inv := &Inventory{cfg: cfg, log: cfg.Log, pacer: newPacer(), dirty: noChanges(), changed: make(chan struct{}),
 		pods: map[string]*candidate{}, services: map[string]*service{}, users: map[string]map[string]bool{}, told: map[string]string{}}
 	if inv.log == nil {
 		inv.log = slog.New(slog.DiscardHandler)
@@ -109,51 +101,20 @@ func (inv *Inventory) Changed() <-chan struct{} {
 
 // Run makes readings until ctx ends.
 func (inv *Inventory) Run(ctx context.Context) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-inv.wake:
-		}
+	for inv.pacer.wait(ctx) {
 		if !inv.cfg.Informers.Synced() {
 			continue // whatever is still missing announces itself
 		}
-		inv.quiet(ctx)
+		inv.pacer.quiet(ctx)
 		inv.update()
 	}
-}
-
-// quiet waits until changes stop coming.
-func (inv *Inventory) quiet(ctx context.Context) {
-	most := time.NewTimer(stillMost)
-	defer most.Stop()
-	quiet := time.NewTimer(still)
-	defer quiet.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-most.C:
-			return
-		case <-quiet.C:
-			return
-		case <-inv.wake:
-			quiet.Reset(still)
-		}
-	}
-}
-
-func (inv *Inventory) announce() {
-	select {
-	case inv.wake <- struct{}{}:
-	default:
-	}
+	return nil
 }
 
 // announceFirst is for kinds that only count until everything is known once.
 func (inv *Inventory) announceFirst() {
 	if inv.Current() == nil {
-		inv.announce()
+		inv.pacer.announce()
 	}
 }
 
@@ -206,7 +167,7 @@ func (inv *Inventory) note(add func(*changes)) {
 	inv.mu.Lock()
 	add(&inv.dirty)
 	inv.mu.Unlock()
-	inv.announce()
+	inv.pacer.announce()
 }
 
 // update makes the next reading.

@@ -143,7 +143,7 @@ func (u *update) service(key string) (changed bool) {
 				}
 			}
 		}
-		slices.SortFunc(view.slices, func(a, b *discoveryv1.EndpointSlice) int { return compareNames(a, b) })
+		slices.SortFunc(view.slices, compareNames)
 		var err error
 		next, err = serviceOf(s.object, view)
 		u.complain("Service", key, err)
