@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -11,36 +12,13 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
-	"castellan.dev/internal/up"
 )
 
 func (e *env) caCommand() *cobra.Command {
 	return group("ca", "Show the certificate authority and what it has issued", e.caStatusCommand(), e.caIssuedCommand())
-}
-
-// adminConn connects to the admin socket of the mesh that an up.json describes.
-func adminConn(upPath string) (*up.File, *grpc.ClientConn, error) {
-	file, err := up.ReadFile(upPath)
-	if err != nil {
-		return nil, nil, err
-	}
-	conn, err := dialSocket(file.Server.Admin)
-	return file, conn, err
-}
-
-func dialSocket(path string) (*grpc.ClientConn, error) {
-	// The socket is on this machine and admits by uid: there is nothing to encrypt.
-	return grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithNoProxy(), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
-}
-
-func adminError(err error) error {
-	return fmt.Errorf("the server's admin socket does not answer: %w; is the mesh running, and are you its user?", err)
 }
 
 type authorityView struct {
@@ -58,24 +36,28 @@ type caStatusView struct {
 }
 
 func (e *env) caStatusCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "status", Short: "Show the authorities of a running mesh", Args: noArgs}
-	upPath := upFlag(cmd)
+	cmd := &cobra.Command{
+		Use: "status", Short: "Show the authorities of a running mesh", Args: noArgs,
+		Long: "Show the authorities of a running mesh.\n\n" + howTargeted,
+	}
+	target := e.targetFlags(cmd)
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
-		_, conn, err := adminConn(*upPath)
+		ctx, cancel := context.WithTimeout(cmd.Context(), tunnelTimeout)
+		defer cancel()
+		defer e.progress("asking the server")()
+		conn, err := target.server(ctx)
 		if err != nil {
 			return err
 		}
 		defer conn.Close()
-		ctx, cancel := context.WithTimeout(cmd.Context(), fetchTimeout)
-		defer cancel()
 		status, err := castellanv1.NewAuthorityAdminClient(conn).Status(ctx, &castellanv1.AuthorityStatusRequest{})
 		if err != nil {
-			return adminError(err)
+			return conn.failed(err)
 		}
 		view, err := viewStatus(status)
 		if err != nil {
@@ -140,6 +122,7 @@ func (e *env) caIssuedCommand() *cobra.Command {
 	var since, until string
 	cmd := &cobra.Command{
 		Use: "issued", Short: "List what the ledger holds", Args: noArgs,
+		Long:    "List what the ledger holds, oldest first, as it is read.\n\n" + howTargeted,
 		Example: "  castellan ca issued --id spiffe://cluster.local/ns/shop/sa/orders --since 1h",
 	}
 	f := cmd.Flags()
@@ -149,7 +132,7 @@ func (e *env) caIssuedCommand() *cobra.Command {
 	f.StringVar(&since, "since", "", "not before this time (RFC 3339) or this long ago (1h)")
 	f.StringVar(&until, "until", "", "not after this time (RFC 3339) or this long ago (1h)")
 	f.Uint32Var(&req.Limit, "limit", 0, "at most so many rows (0: all)")
-	upPath := upFlag(cmd)
+	target := e.targetFlags(cmd)
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -168,28 +151,46 @@ func (e *env) caIssuedCommand() *cobra.Command {
 				return invalidf("--id %q: %w; want spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT", req.SpiffeId, err)
 			}
 		}
-		_, conn, err := adminConn(*upPath)
+		dialing, cancel := context.WithTimeout(cmd.Context(), tunnelTimeout)
+		defer cancel()
+		stop := e.progress("reading the ledger")
+		defer stop()
+		conn, err := target.server(dialing)
 		if err != nil {
 			return err
 		}
 		defer conn.Close()
-		defer e.progress("reading the ledger")()
-		rows, err := listIssued(cmd.Context(), conn, req)
-		if err != nil {
-			return err
-		}
-		if *format != "table" {
-			return writeData(e.out, *format, rows)
-		}
-		t := tabwriter.NewWriter(e.out, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "CREATED\tSPIFFE ID\tSERIAL\tVALID UNTIL\tNODE\tOUTCOME")
-		for _, r := range rows {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", r.CreatedAt.Format(time.RFC3339), orDash(r.SPIFFEID), r.Serial, r.NotAfter.Format(time.RFC3339), orDash(r.Node), r.Outcome)
-		}
-		return t.Flush()
+		out := bufio.NewWriter(e.out)
+		err = listIssued(cmd.Context(), conn, req, issuedWriter(out, *format))
+		return errors.Join(err, out.Flush())
 	}
 	return cmd
 }
+
+// rowWriter takes the rows of a list, which may be long, one by one.
+type rowWriter interface {
+	row(issuedView) error
+	end() error
+}
+
+func issuedWriter(w io.Writer, format string) rowWriter {
+	if format != "table" {
+		return &issuedList{listWriter{w: w, format: format}}
+	}
+	return &issuedTable{tableWriter: tableWriter{w: w, rows: [][]string{{"CREATED", "SPIFFE ID", "SERIAL", "VALID UNTIL", "NODE", "OUTCOME"}}}}
+}
+
+type issuedList struct{ listWriter }
+
+func (l *issuedList) row(r issuedView) error { return l.add(r) }
+
+type issuedTable struct{ tableWriter }
+
+func (t *issuedTable) row(r issuedView) error {
+	return t.add(r.CreatedAt.Format(time.RFC3339), orDash(visible(r.SPIFFEID)), r.Serial, r.NotAfter.Format(time.RFC3339), orDash(visible(r.Node)), r.Outcome)
+}
+
+func (t *issuedTable) end() error { return t.flush() }
 
 // parseWhen reads a time, or a duration before now.
 func parseWhen(flag, s string) (*timestamppb.Timestamp, error) {
@@ -206,25 +207,33 @@ func parseWhen(flag, s string) (*timestamppb.Timestamp, error) {
 	return timestamppb.New(t), nil
 }
 
-func listIssued(ctx context.Context, conn *grpc.ClientConn, req *castellanv1.ListIssuedRequest) ([]issuedView, error) {
+// listIssued writes rows as they come: the ledger may be larger than memory.
+func listIssued(ctx context.Context, conn *admin, req *castellanv1.ListIssuedRequest, to rowWriter) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	stream, err := castellanv1.NewAuthorityAdminClient(conn).ListIssued(ctx, req)
 	if err != nil {
-		return nil, adminError(err)
+		return conn.failed(err)
 	}
-	rows := []issuedView{}
 	for {
 		r, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return rows, nil
+			return to.end()
 		}
 		if err != nil {
-			return nil, adminError(err)
+			return conn.failed(err)
 		}
-		rows = append(rows, issuedView{
-			Sequence: r.GetSequence(), Serial: r.GetSerial(), SPIFFEID: r.GetSpiffeId(), Outcome: r.GetOutcome(),
-			NotBefore: r.GetNotBefore().AsTime(), NotAfter: r.GetNotAfter().AsTime(), CreatedAt: r.GetCreatedAt().AsTime(),
-			PodUID: r.GetPodUid(), Node: r.GetNode(), Cluster: r.GetCluster(), Attestor: r.GetAttestor(),
-			SubjectKeyID: r.GetSubjectKeyId(), IssuerKeyID: r.GetIssuerKeyId(), LeafSHA256: r.GetLeafSha256(),
-		})
+		if err := to.row(viewRow(r)); err != nil {
+			return err
+		}
+	}
+}
+
+func viewRow(r *castellanv1.LedgerRow) issuedView {
+	return issuedView{
+		Sequence: r.GetSequence(), Serial: r.GetSerial(), SPIFFEID: r.GetSpiffeId(), Outcome: r.GetOutcome(),
+		NotBefore: r.GetNotBefore().AsTime(), NotAfter: r.GetNotAfter().AsTime(), CreatedAt: r.GetCreatedAt().AsTime(),
+		PodUID: r.GetPodUid(), Node: r.GetNode(), Cluster: r.GetCluster(), Attestor: r.GetAttestor(),
+		SubjectKeyID: r.GetSubjectKeyId(), IssuerKeyID: r.GetIssuerKeyId(), LeafSHA256: r.GetLeafSha256(),
 	}
 }

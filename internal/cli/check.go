@@ -204,7 +204,7 @@ func (c *checker) authorities() {
 	defer cancel()
 	status, err := castellanv1.NewAuthorityAdminClient(conn).Status(ctx, &castellanv1.AuthorityStatusRequest{})
 	if err != nil {
-		c.verdict("authorities", adminError(err), "", "run it as the user that runs the mesh")
+		c.verdict("authorities", (&admin{ClientConn: conn}).failed(err), "", "run it as the user that runs the mesh")
 		return
 	}
 	view, err := viewStatus(status)
@@ -269,7 +269,7 @@ func (c *checker) policies() {
 	defer cancel()
 	resp, err := castellanv1.NewDiscoveryAdminClient(conn).Policies(ctx, &castellanv1.PoliciesRequest{})
 	if err != nil {
-		c.verdict("policies", adminError(err), "", "run it as the user that runs the mesh")
+		c.verdict("policies", (&admin{ClientConn: conn}).failed(err), "", "run it as the user that runs the mesh")
 		return
 	}
 	for _, p := range resp.GetPolicies() {

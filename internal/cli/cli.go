@@ -31,8 +31,9 @@ const (
 type env struct {
 	in       io.Reader
 	out, err io.Writer
-	// command is how the user calls us.
+	// command is how the user calls us, plugin that this is as kubectl's.
 	command string
+	plugin  bool
 }
 
 // sharedWriter takes lines from several goroutines.
@@ -70,7 +71,7 @@ func Main(args []string, in io.Reader, out, errw io.Writer) int {
 	// kubectl runs plugins as kubectl-NAME; help then shows what the user types.
 	if plugin, ok := strings.CutPrefix(name, "kubectl-"); ok {
 		name = "kubectl " + plugin
-		e.command = name
+		e.command, e.plugin = name, true
 	}
 	root := e.root(name)
 	root.SetArgs(args[1:])
