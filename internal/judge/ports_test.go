@@ -1,4 +1,4 @@
-package proxy
+package judge_test
 
 import (
 	"testing"
@@ -7,6 +7,7 @@ import (
 
 	"castellan.dev/authz"
 	"castellan.dev/identity"
+	"castellan.dev/internal/judge"
 )
 
 func TestPortsWithHTTP(t *testing.T) {
@@ -41,9 +42,9 @@ func TestPortsWithHTTP(t *testing.T) {
 				TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local"), Account: account, Labels: map[string]string{"app": "orders"},
 			}}
 			cfg.Documents = append(cfg.Documents, d)
-			h := portsWithHTTP(cfg)
-			if h.on(8080) != c.on || h.on(9090) != c.other {
-				t.Fatalf("8080 %v, 9090 %v", h.on(8080), h.on(9090))
+			h := judge.PortsWithHTTP(cfg)
+			if h.On(8080) != c.on || h.On(9090) != c.other {
+				t.Fatalf("8080 %v, 9090 %v", h.On(8080), h.On(9090))
 			}
 		})
 	}
