@@ -21,12 +21,15 @@ type acceptor struct {
 	p        *Proxy
 	side     direction
 	listener net.Listener
+	limits   *limits
 	// secure owns the connection: it settles the transport and returns what then
 	// serves it, or closes it and returns nil. The two run in goroutines of their
 	// own, so that the stack a handshake has grown is not kept while a connection
 	// idles.
-	secure func(ctx context.Context, conn net.Conn, source netip.AddrPort) (serve func())
+	secure secureFunc
 }
+
+type secureFunc func(ctx context.Context, conn net.Conn, source netip.AddrPort) (serve func())
 
 // run accepts until ctx ends. An accept error (no descriptors left) is waited
 // out, longer each time, since the listener itself is still good.
@@ -57,7 +60,7 @@ func (a *acceptor) run(ctx context.Context, serving *sync.WaitGroup) error {
 // admit counts the connection before any work is done for it.
 func (a *acceptor) admit(conn net.Conn, serving *sync.WaitGroup) {
 	source := addrPort(conn.RemoteAddr())
-	held, dropped, reason := a.p.limits.admit(source.Addr(), conn)
+	held, dropped, reason := a.limits.admit(source.Addr(), conn)
 	if reason != "" {
 		a.p.refuse(a.side, reason, source, nil)
 		conn.Close()

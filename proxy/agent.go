@@ -210,23 +210,19 @@ func (p *Proxy) applyServices(changed []xds.Resource, removed []string) error {
 		resources = append(resources, &s)
 	}
 	p.store.update(func(in *inputs) {
-		next := make(map[string]*service, len(in.services)+len(resources))
-		for name, s := range in.services {
-			next[name] = s
-		}
+		in.services.known = true
 		for _, name := range removed {
-			delete(next, name)
+			in.services.set(name, nil)
 		}
 		for _, r := range resources {
 			name := r.GetNamespace() + "/" + r.GetName()
-			s, err := newService(r, in.services[name])
+			s, err := newService(r, in.services.told[name])
 			if err != nil {
 				errs = append(errs, err)
 				continue
 			}
-			next[name] = s
+			in.services.set(name, s)
 		}
-		in.services, in.resolved = next, nil
 	})
 	return errors.Join(errs...)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,7 +26,11 @@ const retryAfter = 5 * time.Second
 // service is one destination as the server describes it, with the identities
 // that its endpoints may have under the current trust.
 type service struct {
-	resource *castellanv1.ServiceIdentity
+	name string
+	// addresses are its own, such as its cluster IPs.
+	addresses []netip.Addr
+	// expected are the identities as told, own and aliases' not worked out.
+	expected []string
 	ports    []*servicePort
 }
 
@@ -49,6 +54,9 @@ type endpoint struct {
 	// allowed are the identities accepted there: the endpoint's own, in every
 	// alias of its trust domain, if the service expects it. Empty: nobody (authz 33).
 	allowed []spiffeid.ID
+	// outside: nobody there speaks mutual TLS. It is spoken to in the clear where
+	// the mesh allows that.
+	outside bool
 	*endpointHealth
 }
 
@@ -90,27 +98,30 @@ func (s *service) port(number uint16) *servicePort {
 	return nil
 }
 
-// resolve gives services the identities of the current trust. Endpoints keep
+// resolve gives a service the identities of the current trust. Endpoints keep
 // their health, and ports their turn.
-func resolve(in map[string]*service, trust *tlsconf.Trust) map[string]*service {
-	out := make(map[string]*service, len(in))
-	for name, s := range in {
-		next := &service{resource: s.resource}
-		expected := expand(parseIDs(s.resource.GetExpectedIds()), trust)
-		for _, p := range s.ports {
-			port := *p
-			port.expected = expected
-			port.endpoints = make([]*endpoint, 0, len(p.endpoints))
-			for _, e := range p.endpoints {
-				port.endpoints = append(port.endpoints, &endpoint{
-					address: e.address, own: e.own, allowed: acceptable(e.own, expected, trust), endpointHealth: e.endpointHealth,
-				})
+func (s *service) resolve(trust *tlsconf.Trust) *service {
+	next := &service{name: s.name, addresses: s.addresses, expected: s.expected}
+	expected := expand(parseIDs(s.expected), trust)
+	// Many endpoints run as few accounts.
+	allowed := map[string][]spiffeid.ID{}
+	for _, p := range s.ports {
+		port := *p
+		port.expected = expected
+		port.endpoints = make([]*endpoint, 0, len(p.endpoints))
+		for _, e := range p.endpoints {
+			ids, known := allowed[e.own]
+			if !known {
+				ids = acceptable(e.own, expected, trust)
+				allowed[e.own] = ids
 			}
-			next.ports = append(next.ports, &port)
+			port.endpoints = append(port.endpoints, &endpoint{
+				address: e.address, own: e.own, allowed: ids, outside: e.outside, endpointHealth: e.endpointHealth,
+			})
 		}
-		out[name] = next
+		next.ports = append(next.ports, &port)
 	}
-	return out
+	return next
 }
 
 // acceptable are the identities that may answer at an endpoint: its own, where
@@ -167,39 +178,56 @@ func expand(ids []spiffeid.ID, trust *tlsconf.Trust) []spiffeid.ID {
 
 // newService reads the resource; before is what it replaces, whose health it keeps.
 func newService(r *castellanv1.ServiceIdentity, before *service) (*service, error) {
-	s := &service{resource: r}
-	name := r.GetNamespace() + "/" + r.GetName()
+	s := &service{name: r.GetNamespace() + "/" + r.GetName(), expected: r.GetExpectedIds()}
+	for _, a := range r.GetAddresses() {
+		// Others, such as "None", cannot be connected to.
+		if addr, err := netip.ParseAddr(a); err == nil {
+			s.addresses = append(s.addresses, addr.Unmap())
+		}
+	}
+	fullName := host(r)
 	for _, p := range r.GetPorts() {
 		if p.GetNumber() == 0 || p.GetNumber() > math.MaxUint16 {
-			return nil, fmt.Errorf("service %q: port %d", name, p.GetNumber())
+			return nil, fmt.Errorf("service %q: port %d", s.name, p.GetNumber())
 		}
 		port := &servicePort{
-			service: name, number: uint16(p.GetNumber()), protocol: judge.ProtocolOf(p.GetProtocol()),
-			sni:  fmt.Sprintf("outbound_.%d_._.%s", p.GetNumber(), host(r)),
+			service: s.name, number: uint16(p.GetNumber()), protocol: judge.ProtocolOf(p.GetProtocol()),
+			sni:  fmt.Sprintf("outbound_.%d_._.%s", p.GetNumber(), fullName),
 			next: new(atomic.Uint32),
 		}
-		old := before.port(port.number)
-		known := map[string]*endpointHealth{}
-		if old != nil {
-			port.next = old.next
-			for _, e := range old.endpoints {
-				known[e.address] = e.endpointHealth
-			}
-		}
-		for _, e := range r.GetEndpoints() {
-			address := endpointAddress(e, port.number)
-			if address == "" {
-				continue
-			}
-			health := known[address]
-			if health == nil {
-				health = &endpointHealth{}
-			}
-			port.endpoints = append(port.endpoints, &endpoint{address: address, own: e.GetSpiffeId(), endpointHealth: health})
-		}
+		port.readEndpoints(r.GetEndpoints(), before.port(port.number))
 		s.ports = append(s.ports, port)
 	}
 	return s, nil
+}
+
+// readEndpoints takes those that serve the port; old is the port before.
+func (p *servicePort) readEndpoints(endpoints []*castellanv1.Endpoint, old *servicePort) {
+	known := map[string]*endpointHealth{}
+	if old != nil {
+		p.next = old.next
+		for _, e := range old.endpoints {
+			known[e.address] = e.endpointHealth
+		}
+	}
+	// Kept once each: the endpoints of a service have few identities between them.
+	owns := map[string]string{}
+	for _, e := range endpoints {
+		address := endpointAddress(e, p.number)
+		if address == "" {
+			continue
+		}
+		health := known[address]
+		if health == nil {
+			health = &endpointHealth{}
+		}
+		own, seen := owns[e.GetSpiffeId()]
+		if !seen {
+			own = e.GetSpiffeId()
+			owns[own] = own
+		}
+		p.endpoints = append(p.endpoints, &endpoint{address: address, own: own, outside: e.GetOutsideMesh(), endpointHealth: health})
+	}
 }
 
 func (p *servicePort) endpoint(address string) *endpoint {
@@ -234,9 +262,10 @@ func host(r *castellanv1.ServiceIdentity) string {
 	return full
 }
 
-// pick chooses an endpoint by turns, passing over those that failed lately and
-// those already tried; nil when none is left.
-func (p *servicePort) pick(now time.Time, tried []*endpoint) *endpoint {
+// pick chooses an endpoint by turns, passing over those that failed lately, those
+// already tried and, unless plain text may be sent, those outside the mesh; nil
+// when none is left.
+func (p *servicePort) pick(now time.Time, tried []*endpoint, plain bool) *endpoint {
 	n := uint32(len(p.endpoints))
 	if n == 0 {
 		return nil
@@ -245,7 +274,7 @@ func (p *servicePort) pick(now time.Time, tried []*endpoint) *endpoint {
 	start := p.next.Add(1)
 	for i := range n {
 		e := p.endpoints[(start+i)%n]
-		if slices.Contains(tried, e) {
+		if e.outside && !plain || slices.Contains(tried, e) {
 			continue
 		}
 		if e.failedUntil.Load() <= now.UnixNano() {
@@ -259,20 +288,39 @@ func (p *servicePort) pick(now time.Time, tried []*endpoint) *endpoint {
 	return spare
 }
 
+// outsideOnly: the port is served, and nowhere in the mesh.
+func (p *servicePort) outsideOnly() bool {
+	return len(p.endpoints) > 0 && !slices.ContainsFunc(p.endpoints, func(e *endpoint) bool { return !e.outside })
+}
+
 func (e *endpoint) failed(now time.Time) { e.failedUntil.Store(now.Add(retryAfter).UnixNano()) }
 func (e *endpoint) works()               { e.failedUntil.Store(0) }
 
 // pool names the connections to e that are interchangeable now.
 func (e *endpoint) pool(serial string) *poolKeys {
 	epoch := e.epoch.Load()
-	if k := e.keys.Load(); k != nil && k.serial == serial && k.epoch == epoch && sameIDs(k.identity, e.allowed) {
+	if k := e.keys.Load(); k != nil && k.serial == serial && k.epoch == epoch && e.sameIdentity(k.identity) {
 		return k
 	}
 	identity := idKey(e.allowed)
+	if e.outside {
+		identity = plainKey
+	}
 	base := e.address + "|" + identity + "|" + serial + "|" + strconv.FormatUint(uint64(epoch), 10)
 	k := &poolKeys{identity: identity, serial: serial, epoch: epoch, http1: base + "|http1", h2: base + "|h2"}
 	e.keys.Store(k)
 	return k
+}
+
+// plainKey stands for the identities of connections that show none; no list of
+// SPIFFE IDs looks like it.
+const plainKey = "plain"
+
+func (e *endpoint) sameIdentity(key string) bool {
+	if e.outside {
+		return key == plainKey
+	}
+	return key != plainKey && sameIDs(key, e.allowed)
 }
 
 func idKey(ids []spiffeid.ID) string {

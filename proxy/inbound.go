@@ -15,18 +15,23 @@ import (
 	"castellan.dev/proxy/engine"
 )
 
-// inbound is one listener in front of the application.
+// inbound is one port of the application: that of a listener in front of it, or
+// the one a captured connection was going to.
 type inbound struct {
 	p *Proxy
 	// port is the workload port the listener stands for.
 	port uint16
 	app  string
+	// address is the pod's own that a captured connection was going to; the zero
+	// value for a listener's.
+	address netip.Addr
+	dialer  *net.Dialer
 	// http1 and h2 name the application's connections in the engine's pool.
 	http1, h2 string
 }
 
 func newInbound(p *Proxy, port uint16, app string) *inbound {
-	return &inbound{p: p, port: port, app: app, http1: app + "|http1", h2: app + "|h2"}
+	return &inbound{p: p, port: port, app: app, dialer: &p.dialer, http1: app + "|http1", h2: app + "|h2"}
 }
 
 // accepted is a connection whose transport has been settled.
@@ -100,8 +105,9 @@ func (in *inbound) either(ctx context.Context, conn net.Conn, speaks protocol) (
 // serve registers the connection, tells its protocol and hands it on.
 func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort) {
 	l := &live{side: inboundSide, port: in.port, chain: a.chain, opaque: a.opaque}
-	l.subject = authz.Peer{
-		SourceIP: source.Addr(), DestinationIP: addrPort(a.conn.LocalAddr()).Addr(), DestinationPort: in.port, SNI: a.sni,
+	l.subject = authz.Peer{SourceIP: source.Addr(), DestinationIP: in.address, DestinationPort: in.port, SNI: a.sni}
+	if !in.address.IsValid() {
+		l.subject.DestinationIP = addrPort(a.conn.LocalAddr()).Addr()
 	}
 	if len(a.chain) > 0 {
 		// The handshake judged the peer; this says who it is.
@@ -113,7 +119,7 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 		}
 		l.peer, l.subject.ID = peer, peer.ID
 	}
-	speaks, err := in.tell(a)
+	speaks, unsaid, err := in.tell(a, l)
 	if err != nil {
 		reason := refusedTimeout
 		if errors.Is(err, errNotHTTP) {
@@ -123,58 +129,78 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 		a.conn.Close()
 		return
 	}
-	security := "plaintext"
-	if len(a.chain) > 0 {
-		security = "mtls"
+	if speaks == speaksTCP {
+		if speaks = in.serveTCP(ctx, a.conn, l, source, unsaid); speaks == speaksTCP {
+			return
+		}
+		l = l.anew()
 	}
+	in.count(speaks, l)
+	in.serveHTTP(ctx, a.conn, l, speaks == speaksHTTP2, source)
+}
+
+func (in *inbound) count(speaks protocol, l *live) {
+	name := "http1"
 	switch speaks {
 	case speaksTCP:
-		in.p.metrics.conns[inboundSide]["tcp"+security].Inc()
-		in.serveTCP(ctx, a.conn, l, source)
+		name = "tcp"
 	case speaksHTTP2:
-		in.p.metrics.conns[inboundSide]["http2"+security].Inc()
-		in.serveHTTP(ctx, a.conn, l, true, source)
-	default:
-		in.p.metrics.conns[inboundSide]["http1"+security].Inc()
-		in.serveHTTP(ctx, a.conn, l, false, source)
+		name = "http2"
 	}
+	security := "plaintext"
+	if len(l.chain) > 0 {
+		security = "mtls"
+	}
+	in.p.metrics.conns[inboundSide][name+security].Inc()
 }
 
 // tell decides what is spoken: by the port's declaration, and where there is
 // none by the first bytes. Within HTTP the version is what was negotiated, or
-// else what the first bytes show.
-func (in *inbound) tell(a *accepted) (protocol, error) {
-	declared := judge.ProtocolOf(in.p.store.load().declared(in.port))
+// else what the first bytes show. unsaid: nothing tells yet, and the connection may
+// be carried as bytes as far as policy goes.
+func (in *inbound) tell(a *accepted, l *live) (speaks protocol, unsaid bool, err error) {
+	st := in.p.store.load()
+	declared := judge.ProtocolOf(st.declared(in.port))
 	switch {
 	case declared == speaksTCP || a.opaque:
-		return speaksTCP, nil
+		return speaksTCP, false, nil
 	case declared != undeclared && (a.alpn == alpnH2 || a.alpn == alpnIstioH2):
-		return speaksHTTP2, nil
+		return speaksHTTP2, false, nil
 	case declared != undeclared && (a.alpn == alpnHTTP11 || strings.HasPrefix(a.alpn, "istio-http/")):
-		return speaksHTTP, nil
+		return speaksHTTP, false, nil
 	}
-	httpOnly := declared == undeclared && in.p.store.load().wantsHTTP(in.port)
+	httpOnly := declared == undeclared && st.wantsHTTP(in.port)
 	if httpOnly {
 		declared = speaksHTTP // which waits for the client
 	}
-	speaks, err := in.p.tellByBytes(&a.conn, declared)
+	wait, mayServe := in.p.firstByte, false
+	if declared == undeclared && in.p.authorizeTCP(st, l.subject).Allowed {
+		// The server may speak first. A proxy that says of its client's bytes that they
+		// are no HTTP has waited already.
+		wait, mayServe = min(wait, quiet), true
+		if a.alpn == alpnIstio {
+			wait = 0
+		}
+	}
+	speaks, err = in.p.tellByBytes(&a.conn, declared, wait)
 	first, ok := a.conn.(*prefixConn)
 	if err != nil || !ok {
-		return speaks, err
+		return speaks, false, err
 	}
 	what := sniff(first.prefix[:first.length])
 	if httpOnly && what == sniffedOther {
-		return speaks, errNotHTTP
+		return speaks, false, errNotHTTP
 	}
 	first.late = speaks == speaksTCP && what == sniffedNothing
-	return speaks, nil
+	return speaks, first.late && mayServe, nil
 }
 
 // errNotHTTP: other bytes than HTTP where policy is about HTTP.
 var errNotHTTP = errors.New("not http, on an undeclared port that has rules about http")
 
-// tellByBytes replaces *conn by one that gives the bytes read ahead once more.
-func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol) (protocol, error) {
+// tellByBytes replaces *conn by one that gives the bytes read ahead once more. On
+// an undeclared port it waits for them no longer than told.
+func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol, wait time.Duration) (protocol, error) {
 	first, ok := (*conn).(*prefixConn)
 	if !ok {
 		first = &prefixConn{Conn: *conn}
@@ -192,17 +218,15 @@ func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol) (protocol, error)
 		}
 		return speaksHTTP, err
 	}
-	err := first.fill(func(b []byte) bool { return sniff(b) != sniffedNothing }, p.now().Add(p.firstByte))
-	switch what := sniff(first.prefix[:first.length]); {
-	case what == sniffedHTTP2:
-		return speaksHTTP2, err
-	case what == sniffedHTTP1:
-		return speaksHTTP, err
-	case timedOut(err):
-		// The server speaks first, or the client is slow: bytes either way.
-		return speaksTCP, first.SetReadDeadline(time.Time{})
+	if wait <= 0 {
+		return first.sounds(), nil
 	}
-	return speaksTCP, err
+	err := first.fill(func(b []byte) bool { return sniff(b) != sniffedNothing }, p.now().Add(wait))
+	if timedOut(err) {
+		// The server speaks first, or the client is slow: bytes either way.
+		return first.sounds(), first.SetReadDeadline(time.Time{})
+	}
+	return first.sounds(), err
 }
 
 // serveHTTP registers before any request is judged, so that each is judged by

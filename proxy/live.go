@@ -3,6 +3,7 @@ package proxy
 import (
 	"crypto/x509"
 	"errors"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,7 @@ const (
 	closedExpired   = "peer_certificate_expired"
 	closedIdle      = "idle"
 	closedDrain     = "drain"
+	closedOutbound  = "outbound_policy"
 	closedStranger  = "unproved_oldest"
 )
 
@@ -43,6 +45,8 @@ type live struct {
 	requests func(*state)
 	// upstream names the endpoint an outbound connection went to.
 	upstream *upstream
+	// passing is where bytes are passed on to in the clear, outside the mesh.
+	passing netip.AddrPort
 
 	closeNow func()
 	// gracefully closes once nothing is in flight; nil means closeNow.
@@ -51,6 +55,11 @@ type live struct {
 	active  atomic.Int64
 	reason  atomic.Pointer[string]
 	expired atomic.Bool
+}
+
+// anew is the same connection before it is registered.
+func (l *live) anew() *live {
+	return &live{side: l.side, port: l.port, chain: l.chain, peer: l.peer, subject: l.subject, opaque: l.opaque}
 }
 
 // because records why the connection is being closed; the first reason stays.

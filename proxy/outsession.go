@@ -25,14 +25,24 @@ func (s *outboundSession) Begin(r *engine.Request) engine.Verdict {
 	x := p.exchanges.get(r)
 	r.Aux = x
 	st := p.store.load()
-	if st.svid == nil || st.trust == nil {
+	anonymous := st.svid == nil || st.trust == nil
+	at, refused := s.out.resolve(st)
+	switch {
+	case refused != nil && anonymous:
 		return s.fail(x, 503, bodyNoIdentity, failedNoOwn)
+	case refused != nil:
+		return s.fail(x, refused.Status, bodyNoDestination, refused.Reason)
 	}
-	if x.port = st.services[s.out.service].port(s.out.port); x.port == nil {
-		return s.fail(x, 502, bodyNoDestination, failedUnknown)
+	x.port, x.endpoint, x.only = at.port, at.endpoint, at.endpoint != nil
+	if !x.only {
+		x.endpoint = x.port.pick(p.now(), nil, st.plainAllowed())
 	}
-	if x.endpoint = x.port.pick(p.now(), nil); x.endpoint == nil {
-		return s.fail(x, 503, bodyNoDestination, failedEmpty)
+	switch {
+	case x.endpoint == nil:
+		refused = x.port.noEndpoint()
+		return s.fail(x, refused.Status, bodyNoDestination, refused.Reason)
+	case !x.endpoint.outside && anonymous:
+		return s.fail(x, 503, bodyNoIdentity, failedNoOwn)
 	}
 	// Who called whom is the receiving proxy's to say.
 	x.remove = append(x.remove, headerXFCC)
@@ -63,7 +73,7 @@ func (s *outboundSession) fail(x *exchange, status int, body, reason string) eng
 // Dial opens a connection to the endpoint chosen, or to another of the service.
 func (s *outboundSession) Dial(ctx context.Context, r *engine.Request) (net.Conn, error) {
 	x, _ := r.Aux.(*exchange)
-	up, err := s.out.dial(ctx, x.port, x.endpoint, s.carries(x, r))
+	up, err := s.out.p.dial(ctx, x.port, x.endpoint, x.only, s.carries(x, r))
 	if err != nil {
 		return nil, err
 	}
@@ -77,10 +87,10 @@ func (s *outboundSession) End(r *engine.Request, o *engine.Outcome) {
 	x, _ := r.Aux.(*exchange)
 	if p.cfg.AccessLog != nil {
 		e := entryOf(r, o)
-		e.Direction, e.Source, e.Destination, e.Rule = "outbound", s.source, s.out.service, -1
+		e.Direction, e.Source, e.Destination, e.Rule = "outbound", s.source, s.out.name, -1
 		if x != nil {
 			x.describe(&e)
-			if x.endpoint != nil && len(x.endpoint.allowed) == 1 {
+			if x.endpoint != nil && len(x.endpoint.allowed) == 1 && !x.endpoint.outside {
 				e.Peer = x.endpoint.allowed[0].String()
 			}
 		}

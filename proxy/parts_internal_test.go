@@ -117,7 +117,7 @@ func serviceOf(t *testing.T, r *castellanv1.ServiceIdentity, before *service, tr
 	if err != nil {
 		t.Fatal(err)
 	}
-	return resolve(map[string]*service{"shop/orders": s}, trust)["shop/orders"]
+	return s.resolve(trust)
 }
 
 func TestPickPassesOverTheFailed(t *testing.T) {
@@ -131,7 +131,7 @@ func TestPickPassesOverTheFailed(t *testing.T) {
 	now := time.Now()
 	seen := map[string]int{}
 	for range 30 {
-		seen[port.pick(now, nil).address]++
+		seen[port.pick(now, nil, false).address]++
 	}
 	for a, n := range seen {
 		if n != 10 {
@@ -141,29 +141,29 @@ func TestPickPassesOverTheFailed(t *testing.T) {
 	failed := port.endpoints[0]
 	failed.failed(now)
 	for range 30 {
-		if port.pick(now, nil) == failed {
+		if port.pick(now, nil, false) == failed {
 			t.Fatal("a failed endpoint was picked")
 		}
 	}
 	// An update of the service keeps what is known of its endpoints.
-	again := serviceOf(t, r, serviceOf(t, r, &service{resource: r, ports: []*servicePort{port}}, trust), trust).port(80)
+	again := serviceOf(t, r, serviceOf(t, r, &service{ports: []*servicePort{port}}, trust), trust).port(80)
 	for range 30 {
-		if again.pick(now, nil).address == failed.address {
+		if again.pick(now, nil, false).address == failed.address {
 			t.Fatal("an update forgot the failure")
 		}
 	}
-	if got := port.pick(now, port.endpoints); got != nil {
+	if got := port.pick(now, port.endpoints, false); got != nil {
 		t.Fatalf("%v was picked twice", got.address)
 	}
 	for _, e := range port.endpoints {
 		e.failed(now)
 	}
-	if port.pick(now, nil) == nil {
+	if port.pick(now, nil, false) == nil {
 		t.Fatal("with all failed, none was tried")
 	}
 	picked := false
 	for range 3 {
-		picked = picked || port.pick(now.Add(retryAfter+1), nil) == failed
+		picked = picked || port.pick(now.Add(retryAfter+1), nil, false) == failed
 	}
 	if !picked {
 		t.Fatal("a failure was never forgotten")
@@ -233,7 +233,7 @@ func TestAcceptBacksOff(t *testing.T) {
 	}
 	l := &flaky{Listener: inner, errors: 5}
 	served := make(chan struct{})
-	a := &acceptor{p: p, side: inboundSide, listener: l, secure: func(_ context.Context, c net.Conn, _ netip.AddrPort) func() {
+	a := &acceptor{p: p, side: inboundSide, listener: l, limits: &p.limits, secure: func(_ context.Context, c net.Conn, _ netip.AddrPort) func() {
 		c.Close()
 		close(served)
 		return nil

@@ -25,7 +25,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -71,7 +70,12 @@ type Proxy struct {
 	challenge                     []engine.Field
 	dialer                        net.Dialer
 
-	limits     limits
+	// captured is nil where nothing is.
+	captured *captured
+
+	limits limits
+	// outLimits are those of captured outbound connections: all are the pod's own.
+	outLimits  limits
 	handshakes chan struct{}
 	registry   registry
 	firstByte  time.Duration
@@ -89,6 +93,9 @@ type Proxy struct {
 	stopServing context.CancelFunc
 }
 
+// keepAlive is how often the kernel looks after a connection that says nothing.
+const keepAlive = 30 * time.Second
+
 // New checks the configuration and returns a Proxy; nothing is opened before Listen.
 func New(cfg Config) (*Proxy, error) {
 	if cfg.Registerer == nil {
@@ -105,12 +112,16 @@ func New(cfg Config) (*Proxy, error) {
 		cfg: cfg, log: cfg.Log, now: cfg.Now, store: newStore(),
 		metrics:    newMetrics(cfg.Registerer),
 		limits:     limits{total: limit.MaxConnections, perSource: limit.MaxPerSource},
+		outLimits:  limits{total: limit.MaxConnections, perSource: limit.MaxConnections},
 		handshakes: make(chan struct{}, max(limit.MaxHandshakes, 1)),
 		firstByte:  min(limit.HandshakeTimeout.Or(5*time.Second), 5*time.Second),
 		quiet:      rate.NewLimiter(5, 20),
 		naming:     rate.NewLimiter(10, 50),
 		challenge:  []engine.Field{{Name: "WWW-Authenticate", Value: "Bearer"}},
-		dialer:     net.Dialer{KeepAlive: 30 * time.Second},
+		dialer:     net.Dialer{KeepAlive: keepAlive},
+	}
+	if c := cfg.Proxy.Capture; c != nil {
+		p.captured = newCaptured(p.now, c.Inbound, c.Outbound)
 	}
 	p.serving, p.stopServing = context.WithCancel(context.Background())
 	p.verifier = tlsconf.NewVerifier(p.store.trust, p.now)
@@ -126,42 +137,6 @@ func New(cfg Config) (*Proxy, error) {
 	p.inboundEngine, p.outboundEngine = engine.New(engineConfig), engine.New(engineConfig)
 	p.observe(cfg.Registerer)
 	return p, nil
-}
-
-// Listen opens every listener, or none.
-func (p *Proxy) Listen() (err error) {
-	defer func() {
-		if err != nil {
-			for _, a := range p.acceptors {
-				a.listener.Close()
-			}
-			p.acceptors = nil
-		}
-	}()
-	for _, c := range p.cfg.Proxy.Inbound {
-		l, err := net.Listen("tcp", c.Listen)
-		if err != nil {
-			return fmt.Errorf("proxy: inbound listener: %w", err)
-		}
-		port := c.Port
-		if port == 0 {
-			port = addrPort(l.Addr()).Port()
-		}
-		in := newInbound(p, port, c.App)
-		p.acceptors = append(p.acceptors, &acceptor{p: p, side: inboundSide, listener: l, secure: in.secure})
-	}
-	for _, c := range p.cfg.Proxy.Outbound {
-		l, err := net.Listen("tcp", c.Listen)
-		if err != nil {
-			return fmt.Errorf("proxy: outbound listener for %s: %w", c.Service, err)
-		}
-		out := &outbound{p: p, service: c.Service, port: c.Port}
-		p.acceptors = append(p.acceptors, &acceptor{p: p, side: outboundSide, listener: l,
-			secure: func(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
-				return func() { out.serve(ctx, conn, source) }
-			}})
-	}
-	return nil
 }
 
 // Addrs are the listeners' addresses, inbound before outbound, as configured.
@@ -277,6 +252,15 @@ func (p *Proxy) CheckIdentity() error {
 func (p *Proxy) CheckPolicy() error {
 	if p.store.load().policy == nil {
 		return errors.New("no policy from the agent yet; everything is denied")
+	}
+	return nil
+}
+
+// CheckServices is nil once the server has said what services there are, without
+// which captured connections go nowhere.
+func (p *Proxy) CheckServices() error {
+	if p.captured != nil && p.store.load().index == nil {
+		return errors.New("no services from the agent yet; nothing captured can be sent anywhere")
 	}
 	return nil
 }

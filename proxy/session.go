@@ -75,6 +75,8 @@ type exchange struct {
 	set      []engine.Field
 	endpoint *endpoint
 	port     *servicePort
+	// only: no other endpoint will do.
+	only bool
 
 	// remoteIP is the client's as trusted proxies told it.
 	remoteIP netip.Addr
@@ -103,7 +105,7 @@ func (e *exchanges) put(x *exchange) {
 	clear(x.remove)
 	clear(x.set)
 	x.request, x.xfcc, x.reason, x.endpoint, x.port = nil, nil, "", nil, nil
-	x.policy, x.ended = nil, false
+	x.policy, x.ended, x.only = nil, false, false
 	x.remove, x.set = x.remove[:0], x.set[:0]
 	e.pool.Put(x)
 }
@@ -192,7 +194,7 @@ func (s *inboundSession) Dial(ctx context.Context, _ *engine.Request) (net.Conn,
 }
 
 func (in *inbound) dial(ctx context.Context) (net.Conn, error) {
-	conn, err := in.p.dialer.DialContext(ctx, "tcp", in.app)
+	conn, err := in.dialer.DialContext(ctx, "tcp", in.app)
 	if err != nil {
 		in.p.metrics.connects.WithLabelValues("inbound", "failed").Inc()
 		if errors.Is(err, context.DeadlineExceeded) || timedOut(err) {

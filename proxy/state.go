@@ -3,6 +3,7 @@ package proxy
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 
@@ -27,6 +28,8 @@ type state struct {
 	// policy is nil until there is one: everything is denied.
 	policy   *policyState
 	services map[string]*service
+	// index finds them by address; nil until services are known.
+	index *index
 }
 
 // policyState is one policy of our workload, compiled.
@@ -60,6 +63,28 @@ func (s *state) declared(port uint16) string {
 	return s.policy.ports[port]
 }
 
+// plainAllowed reports whether what is outside the mesh may be spoken to in the
+// clear. Without a policy it may not.
+func (s *state) plainAllowed() bool {
+	return s.policy != nil && s.policy.mesh.OutboundPolicy == policy.OutboundAllowAny
+}
+
+// passes reports whether a captured connection is passed on as it is, in the
+// clear: it goes to nobody of the mesh, and the mesh allows that.
+func (s *state) passes(original netip.AddrPort) bool {
+	if !s.plainAllowed() || s.index == nil {
+		return false
+	}
+	at, ours := s.index.find(original)
+	switch {
+	case !ours:
+		return true
+	case at.endpoint != nil:
+		return at.endpoint.outside
+	}
+	return at.port.outsideOnly()
+}
+
 // wantsHTTP reports whether bytes that are no HTTP have no business on a port:
 // policy judges its requests by their tokens, or by fields that only HTTP has,
 // and neither the port's declaration nor a rule says that it carries anything else.
@@ -87,17 +112,13 @@ type inputs struct {
 	roots    []*x509.Certificate
 	policies map[string]*policyInput
 	denied   denylist
-	// services as told; whoever replaces them clears resolved.
-	services    map[string]*service
-	resolved    map[string]*service
-	resolvedFor string
+	services destinations
 }
 
 func newStore() *store {
 	s := &store{changed: func() {}}
 	s.current.Store(&state{})
 	s.in.policies = map[string]*policyInput{}
-	s.in.services = map[string]*service{}
 	return s
 }
 
@@ -135,21 +156,8 @@ func (in *inputs) derive() *state {
 	if in.svid != nil && len(in.roots) > 0 {
 		st.trust = in.trust(st.policy)
 	}
-	st.services = in.destinations(st.trust)
+	st.services, st.index = in.services.resolve(st.trust)
 	return st
-}
-
-// destinations gives services the identities of the trust at hand; anew only
-// when one of the two changed.
-func (in *inputs) destinations(trust *tlsconf.Trust) map[string]*service {
-	version := ""
-	if trust != nil {
-		version = trust.Version
-	}
-	if in.resolved == nil || in.resolvedFor != version {
-		in.resolved, in.resolvedFor = resolve(in.services, trust), version
-	}
-	return in.resolved
 }
 
 // policy picks the one policy. None, or one for somebody else, leaves

@@ -32,8 +32,9 @@ func (p *Proxy) authorizeTCP(st *state, subject authz.Peer) authz.Decision {
 }
 
 // serveTCP judges the connection, and carries its bytes as long as it would be
-// judged the same.
-func (in *inbound) serveTCP(ctx context.Context, conn net.Conn, l *live, source netip.AddrPort) {
+// judged the same. unsaid: nobody has spoken on it yet. If the client then speaks
+// HTTP, that is returned, and the connection left as it is.
+func (in *inbound) serveTCP(ctx context.Context, conn net.Conn, l *live, source netip.AddrPort, unsaid bool) (speaks protocol) {
 	l.tcp = true
 	p := in.p
 	ctx, cancel := context.WithCancel(ctx)
@@ -41,14 +42,16 @@ func (in *inbound) serveTCP(ctx context.Context, conn net.Conn, l *live, source 
 	l.closeNow = cancel
 	l.active.Store(p.now().UnixNano())
 	p.watch(l, func() {
-		defer conn.Close()
 		e := accesslog.Entry{
 			Start: p.now(), Direction: "inbound", Protocol: "TCP", Source: source.String(), Destination: in.app, Rule: -1,
 		}
 		if len(l.chain) > 0 {
 			e.Peer = l.peer.ID.String()
 		}
-		in.carryTCP(ctx, conn, l, &e)
+		if speaks = in.carryTCP(ctx, conn, l, &e, unsaid); speaks != speaksTCP {
+			return
+		}
+		conn.Close()
 		p.metrics.transferred(inboundSide, e.BytesReceived, e.BytesSent)
 		e.Duration = p.now().Sub(e.Start)
 		if why := l.why(); why != "" {
@@ -56,40 +59,56 @@ func (in *inbound) serveTCP(ctx context.Context, conn net.Conn, l *live, source 
 		}
 		p.cfg.AccessLog.Add(&e)
 	})
+	return speaks
 }
 
-func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *accesslog.Entry) {
+// carryTCP returns what is spoken if it turned out not to be TCP.
+func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *accesslog.Entry, unsaid bool) protocol {
 	p := in.p
 	d := p.authorizeTCP(p.store.load(), l.subject)
 	e.Policy, e.Rule = d.Policy, d.Rule
 	if !d.Allowed {
 		e.Reason = d.Reason
 		p.metrics.deniedBy[judge.KindPolicy].Inc()
-		return
+		return speaksTCP
 	}
 	dialCtx, cancel := context.WithTimeout(ctx, p.connectTimeout())
 	app, err := in.dial(dialCtx)
 	cancel()
 	if err != nil {
 		e.Reason, e.Error = "upstream_connect_failed", err
-		return
+		return speaksTCP
 	}
 	defer app.Close()
+	if first, ok := conn.(*prefixConn); ok && unsaid {
+		server := &prefixConn{Conn: app}
+		if speaks := p.firstWord(ctx, first, server); speaks != speaksTCP {
+			first.late = false
+			return speaks
+		}
+		app = server
+	}
+	in.count(speaksTCP, l)
 	e.BytesReceived, e.BytesSent, e.Error = p.splice(ctx, conn, app, l)
 	if errors.Is(e.Error, errLate) {
 		e.Reason = refusedLate
 		p.metrics.refused.WithLabelValues(inboundSide.String(), refusedLate).Inc()
 	}
+	return speaksTCP
+}
+
+// closeWith closes both connections when ctx ends; stop is that of context.AfterFunc.
+func closeWith(ctx context.Context, a, b net.Conn) (stop func() bool) {
+	return context.AfterFunc(ctx, func() {
+		a.Close()
+		b.Close()
+	})
 }
 
 // splice carries bytes both ways until both ended, one failed, or ctx ended.
 // The end of one direction is passed on and leaves the other open.
 func (p *Proxy) splice(ctx context.Context, client, server net.Conn, l *live) (received, sent int64, err error) {
-	stop := context.AfterFunc(ctx, func() {
-		client.Close()
-		server.Close()
-	})
-	defer stop()
+	defer closeWith(ctx, client, server)()
 	var up, down int64
 	var failed atomic.Pointer[error]
 	direction := func(dst, src net.Conn, n *int64) {

@@ -19,6 +19,9 @@ const (
 	failedIdentity = "identity_not_expected"
 	failedPeer     = "peer_not_accepted"
 	failedEmpty    = "no_endpoint"
+	failedOutside  = "outside_mesh"
+	failedNotYet   = "services_unknown"
+	failedLoop     = "own_listener"
 )
 
 // maxAttempts bounds the endpoints tried for one connection.
@@ -44,9 +47,12 @@ func (w wire) alpns() []string {
 	return []string{alpnIstio}
 }
 
-// upstream is a connection to one endpoint whose identity has been checked.
+// upstream is a connection to one endpoint whose identity has been checked; or
+// one in the clear, outside the mesh.
 type upstream struct {
-	*tls.Conn
+	net.Conn
+	// socket is what lies below TLS.
+	socket   net.Conn
 	p        *Proxy
 	live     *live
 	port     *servicePort
@@ -58,6 +64,12 @@ type upstream struct {
 // PoolKey is where the engine keeps the connection: with those of the endpoint
 // it went to in the end.
 func (u *upstream) PoolKey() string { return u.key }
+
+// NetConn returns the socket.
+func (u *upstream) NetConn() net.Conn { return u.socket }
+
+// CloseWrite ends our direction.
+func (u *upstream) CloseWrite() error { return closeWrite(u.Conn) }
 
 // Close closes the connection.
 func (u *upstream) Close() (err error) {
@@ -76,25 +88,20 @@ func (u *upstream) retire() {
 }
 
 // dial opens a connection to first or, where that cannot be reached, to another
-// endpoint. An endpoint that is reached and is not who was expected fails the
-// connection: another that happens to be right must not hide it.
-func (out *outbound) dial(ctx context.Context, port *servicePort, first *endpoint, w wire) (*upstream, *engine.StatusError) {
-	p := out.p
+// endpoint of the port; only has it be first or none. An endpoint that is reached
+// and is not who was expected fails the connection: another that happens to be
+// right must not hide it.
+func (p *Proxy) dial(ctx context.Context, port *servicePort, first *endpoint, only bool, w wire) (*upstream, *engine.StatusError) {
 	st := p.store.load()
-	switch {
-	case port == nil:
-		return nil, &engine.StatusError{Status: 502, Reason: failedUnknown}
-	case st.svid == nil || st.trust == nil:
-		return nil, &engine.StatusError{Status: 503, Reason: failedNoOwn}
-	}
+	plain := st.plainAllowed()
 	var tried []*endpoint
 	e := first
 	if e == nil {
-		e = port.pick(p.now(), nil)
+		e = port.pick(p.now(), nil, plain)
 	}
-	failure := &engine.StatusError{Status: 503, Reason: failedEmpty}
+	failure := port.noEndpoint()
 	for e != nil && len(tried) < maxAttempts {
-		up, err := p.connect(ctx, port, e, w, st.serial)
+		up, err := p.connect(ctx, st, port, e, w)
 		if err == nil {
 			p.metrics.connects.WithLabelValues("outbound", "ok").Inc()
 			e.works()
@@ -102,42 +109,52 @@ func (out *outbound) dial(ctx context.Context, port *servicePort, first *endpoin
 		}
 		failure = p.connectFailure(ctx, port, e, err)
 		p.metrics.connects.WithLabelValues("outbound", failure.Reason).Inc()
-		if failure.Reason == failedIdentity || ctx.Err() != nil {
+		if failure.Reason == failedIdentity || only || ctx.Err() != nil {
 			break
 		}
 		e.failed(p.now())
 		tried = append(tried, e)
-		e = port.pick(p.now(), tried)
+		e = port.pick(p.now(), tried, plain)
 	}
 	return nil, failure
 }
 
+// noEndpoint says why a port can be reached nowhere.
+func (p *servicePort) noEndpoint() *engine.StatusError {
+	if p.outsideOnly() {
+		return &engine.StatusError{Status: 502, Reason: failedOutside}
+	}
+	return &engine.StatusError{Status: 503, Reason: failedEmpty}
+}
+
 // connect opens one connection and registers it.
-func (p *Proxy) connect(ctx context.Context, port *servicePort, e *endpoint, w wire, serial string) (*upstream, error) {
+func (p *Proxy) connect(ctx context.Context, st *state, port *servicePort, e *endpoint, w wire) (*upstream, error) {
+	switch {
+	case e.outside && !st.plainAllowed():
+		return nil, &engine.StatusError{Status: 502, Reason: failedOutside}
+	case !e.outside && (st.svid == nil || st.trust == nil):
+		return nil, &engine.StatusError{Status: 503, Reason: failedNoOwn}
+	case p.captured.loops(e.address):
+		return nil, &engine.StatusError{Status: 502, Reason: failedLoop}
+	}
 	conn, err := p.dialer.DialContext(ctx, "tcp", e.address)
 	if err != nil {
 		return nil, err
 	}
-	secured := tls.Client(conn, tlsconf.ClientConfig(p.store.certificate, p.verifier, tlsconf.Expect(e.allowed...),
-		tlsconf.ClientOptions{ServerName: port.sni, NextProtos: w.alpns()}))
-	if err := secured.HandshakeContext(ctx); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	u := &upstream{Conn: secured, p: p, port: port, endpoint: e}
-	u.live = &live{side: outboundSide, chain: secured.ConnectionState().PeerCertificates, upstream: u}
+	u := &upstream{Conn: conn, socket: conn, p: p, port: port, endpoint: e}
+	u.live = &live{side: outboundSide, upstream: u}
 	// The socket itself: a last word of TLS could wait for the peer to take it.
-	u.live.closeNow = func() { secured.NetConn().Close() }
+	u.live.closeNow = func() { conn.Close() }
 	if w != wireTCP {
-		u.key = e.pool(serial).key(w)
+		u.key = e.pool(st.serial).key(w)
 		u.live.gracefully = u.retire
 		u.live.closeNow = func() {
-			secured.NetConn().Close()
+			conn.Close()
 			// No request is to find it in the pool.
 			u.retire()
 		}
 	}
-	if u.live.peer, err = p.verifier.Check(u.live.chain); err != nil {
+	if err := u.secure(ctx, w); err != nil {
 		conn.Close()
 		return nil, err
 	}
@@ -150,11 +167,29 @@ func (p *Proxy) connect(ctx context.Context, port *servicePort, e *endpoint, w w
 	return u, nil
 }
 
+// secure shakes hands with who is expected at the endpoint; there is nobody to
+// shake hands with outside the mesh.
+func (u *upstream) secure(ctx context.Context, w wire) (err error) {
+	if u.endpoint.outside {
+		return nil
+	}
+	p := u.p
+	secured := tls.Client(u.socket, tlsconf.ClientConfig(p.store.certificate, p.verifier, tlsconf.Expect(u.endpoint.allowed...),
+		tlsconf.ClientOptions{ServerName: u.port.sni, NextProtos: w.alpns()}))
+	if err := secured.HandshakeContext(ctx); err != nil {
+		return err
+	}
+	u.Conn, u.live.chain = secured, secured.ConnectionState().PeerCertificates
+	u.live.peer, err = p.verifier.Check(u.live.chain)
+	return err
+}
+
 // connectFailure says what a failed connection answers. Who was there and who
 // was expected stand in the log and nowhere else.
 func (p *Proxy) connectFailure(ctx context.Context, port *servicePort, e *endpoint, err error) *engine.StatusError {
 	f := &engine.StatusError{Status: 503, Reason: engine.ReasonDial, Err: err}
 	unexpected := new(tlsconf.UnexpectedPeerError)
+	refused := new(engine.StatusError)
 	verification := new(tls.CertificateVerificationError)
 	switch {
 	case errors.As(err, &unexpected):
@@ -165,6 +200,8 @@ func (p *Proxy) connectFailure(ctx context.Context, port *servicePort, e *endpoi
 		p.log.Error("destination is not who is expected there", "service", port.service, "port", port.number, "endpoint", e.address,
 			"peer", unexpected.Got.String(), "expected", e.allowed, "service_expects", port.expected)
 		return f
+	case errors.As(err, &refused):
+		f = refused
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		f.Status, f.Reason = 504, engine.ReasonDialTimeout
 	case errors.As(err, &verification), isPeerError(err):
@@ -184,19 +221,25 @@ func isPeerError(err error) bool {
 
 // stillExpected judges an outbound connection by the services known now.
 func (p *Proxy) stillExpected(l *live, st *state) (string, error) {
+	if l.passing.IsValid() && !st.passes(l.passing) {
+		return closedOutbound, nil
+	}
 	u := l.upstream
 	if u == nil {
 		return "", nil // the application's own side
 	}
 	e := st.services[u.port.service].port(u.port.number).endpoint(u.endpoint.address)
-	if e == nil {
+	switch {
+	case e == nil:
 		// Not served there any more: what is under way may end.
 		if l.gracefully != nil && !l.expired.Swap(true) {
 			l.gracefully()
 		}
-		return "", nil
-	}
-	if !slices.Contains(e.allowed, l.peer.ID) {
+	case u.endpoint.outside:
+		if !e.outside || !st.plainAllowed() {
+			return closedOutbound, nil
+		}
+	case !slices.Contains(e.allowed, l.peer.ID):
 		return closedIdentity, &tlsconf.UnexpectedPeerError{Got: l.peer.ID, Want: e.allowed}
 	}
 	return "", nil

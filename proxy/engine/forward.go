@@ -52,10 +52,10 @@ func (x *exchange) connect(ctx context.Context, fresh bool) *failure {
 	var home *keyPool
 	if key != "" {
 		if home = x.conn.home.Load(); home == nil || home.key != key || home.gone.Load() {
-			home = e.upstreams.pool(key)
+			home = e.upstreams.find(key)
 			x.conn.home.Store(home)
 		}
-		if !fresh {
+		if !fresh && home != nil {
 			x.up = home.usable(e.cfg.Now(), !x.replayable())
 		}
 	}
@@ -65,8 +65,12 @@ func (x *exchange) connect(ctx context.Context, fresh bool) *failure {
 		if f != nil {
 			return f
 		}
-		if k, ok := conn.(Keyed); ok && home != nil {
+		if k, ok := conn.(Keyed); ok && key != "" {
 			home = e.upstreams.pool(k.PoolKey())
+		} else if home == nil && key != "" {
+			// Not before: a key that leads nowhere is not to be kept.
+			home = e.upstreams.pool(key)
+			x.conn.home.Store(home)
 		}
 		x.up = e.newUpConn(conn, home)
 	}

@@ -47,6 +47,13 @@ type keyPool struct {
 
 func (p *upstreams) init(e *Engine) { p.engine, p.keys = e, map[string]*keyPool{} }
 
+// find returns the key's pool; nil when there is none.
+func (p *upstreams) find(key string) *keyPool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.keys[key]
+}
+
 // pool returns the key's pool, made when there is none. The key is kept.
 func (p *upstreams) pool(key string) *keyPool {
 	p.mu.Lock()

@@ -1,0 +1,116 @@
+package proxy
+
+import (
+	"cmp"
+	"hash/maphash"
+	"maps"
+	"net/netip"
+	"slices"
+)
+
+// target is what stands at an address: a service's port, or one of its endpoints,
+// which is all that may be connected to then.
+type target struct {
+	port     *servicePort
+	endpoint *endpoint
+}
+
+// index finds destinations by address. It is immutable; a changed one shares with
+// the one before what did not change, so that a mesh of many services costs an
+// update no more than what it touches.
+type index struct {
+	seed   maphash.Seed
+	shards [256]map[netip.AddrPort][]target
+}
+
+func newIndex() *index { return &index{seed: maphash.MakeSeed()} }
+
+func (x *index) shard(at netip.AddrPort) uint8 { return uint8(maphash.Comparable(x.seed, at)) }
+
+// find returns what stands at an address; false for nothing of the mesh. Where
+// several services share an endpoint, the answer is the same each time.
+func (x *index) find(at netip.AddrPort) (target, bool) {
+	if x == nil {
+		return target{}, false
+	}
+	places := x.shards[x.shard(at)][at]
+	if len(places) == 0 {
+		return target{}, false
+	}
+	return places[0], true
+}
+
+// changed returns the index with one set of services in the place of another.
+func (x *index) changed(before, after []*service) *index {
+	e := &indexEdit{index: &index{seed: x.seed, shards: x.shards}}
+	for _, s := range before {
+		s.targets(func(at netip.AddrPort, p target) {
+			shard := e.open(at)
+			left := slices.DeleteFunc(slices.Clone(shard[at]), func(q target) bool { return q.port == p.port })
+			if len(left) == 0 {
+				delete(shard, at)
+			} else {
+				shard[at] = left
+			}
+		})
+	}
+	for _, s := range after {
+		s.targets(func(at netip.AddrPort, p target) {
+			shard := e.open(at)
+			all := append(slices.Clip(shard[at]), p)
+			slices.SortStableFunc(all, target.compare)
+			shard[at] = all
+		})
+	}
+	return e.index
+}
+
+// indexEdit copies a shard at its first change.
+type indexEdit struct {
+	index  *index
+	copied [256]bool
+}
+
+func (e *indexEdit) open(at netip.AddrPort) map[netip.AddrPort][]target {
+	n := e.index.shard(at)
+	if !e.copied[n] {
+		e.copied[n] = true
+		if e.index.shards[n] = maps.Clone(e.index.shards[n]); e.index.shards[n] == nil {
+			e.index.shards[n] = map[netip.AddrPort][]target{}
+		}
+	}
+	return e.index.shards[n]
+}
+
+// compare orders what stands at one address: a service's own address first, then
+// endpoints in the mesh, ports that declare what they speak, and by name.
+func (p target) compare(q target) int {
+	last := func(late bool) int {
+		if late {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(
+		cmp.Compare(last(p.endpoint != nil), last(q.endpoint != nil)),
+		cmp.Compare(last(p.endpoint != nil && p.endpoint.outside), last(q.endpoint != nil && q.endpoint.outside)),
+		cmp.Compare(last(p.port.protocol == undeclared), last(q.port.protocol == undeclared)),
+		cmp.Compare(p.port.service, q.port.service),
+		cmp.Compare(p.port.number, q.port.number),
+	)
+}
+
+// targets visits the addresses at which a service is found.
+func (s *service) targets(visit func(netip.AddrPort, target)) {
+	for _, port := range s.ports {
+		for _, addr := range s.addresses {
+			visit(netip.AddrPortFrom(addr, port.number), target{port: port})
+		}
+		for _, e := range port.endpoints {
+			// Off Kubernetes an endpoint may be a name, which nothing is redirected from.
+			if at, err := netip.ParseAddrPort(e.address); err == nil {
+				visit(netip.AddrPortFrom(at.Addr().Unmap(), at.Port()), target{port, e})
+			}
+		}
+	}
+}
