@@ -28,8 +28,11 @@ const (
 type Client struct {
 	config     *rest.Config
 	kubernetes kubernetes.Interface
-	dynamic    dynamic.Interface
-	namespace  string
+	// bounded is for those who bound what they ask by themselves and must not wait
+	// behind others: attestation, the Lease.
+	bounded   kubernetes.Interface
+	dynamic   dynamic.Interface
+	namespace string
 }
 
 // Open makes a client as configured: of a kubeconfig file, or of the service
@@ -77,6 +80,10 @@ func New(rc *rest.Config, namespace string) (*Client, error) {
 	if c.kubernetes, err = kubernetes.NewForConfig(typed); err != nil {
 		return nil, fmt.Errorf("kubernetes: %w", err)
 	}
+	typed.QPS = -1
+	if c.bounded, err = kubernetes.NewForConfig(typed); err != nil {
+		return nil, fmt.Errorf("kubernetes: %w", err)
+	}
 	if c.dynamic, err = dynamic.NewForConfig(rc); err != nil {
 		return nil, fmt.Errorf("kubernetes: %w", err)
 	}
@@ -85,7 +92,7 @@ func New(rc *rest.Config, namespace string) (*Client, error) {
 
 // Wrap makes a client of clients made elsewhere. It has no RESTConfig.
 func Wrap(typed kubernetes.Interface, dyn dynamic.Interface, namespace string) *Client {
-	return &Client{kubernetes: typed, dynamic: dyn, namespace: namespace}
+	return &Client{kubernetes: typed, bounded: typed, dynamic: dyn, namespace: namespace}
 }
 
 // Kubernetes is the client of built-in kinds.
