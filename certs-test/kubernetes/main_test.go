@@ -1,0 +1,159 @@
+// Package kubernetes tests Castellan on a real Kubernetes cluster of two nodes:
+// installed by its own command, with real kubelets, real pods, and policies by kubectl.
+//
+// The tests have a cluster of their own, which ends with them. With
+// CASTELLAN_CLUSTER=NAME they use one that runs (make cluster-up NAME=...) and what is
+// installed in it, and leave both as they are: a single test then takes seconds.
+package kubernetes_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"castellan.dev/certs-test/cluster"
+)
+
+// patience is how long a condition may take before a test gives up: far beyond what
+// anything promises.
+const patience = 60 * time.Second
+
+// The cluster of all tests, the folder of the binaries under test, and our client of
+// the API server. Without root there is no cluster, and every test skips.
+var (
+	shared *cluster.Cluster
+	bin    string
+	api    *apiClient
+)
+
+func TestMain(m *testing.M) {
+	code, err := withCluster(m.Run)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func withCluster(tests func() int) (code int, err error) {
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			return 1, errors.New("a cluster needs root")
+		}
+		fmt.Fprintln(os.Stderr, "not root: all tests on Kubernetes are skipped")
+		return tests(), nil
+	}
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "castellan-k8s")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(dir)
+	bin = dir
+	stop, err := openCluster(ctx)
+	if err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	if api, err = newAPIClient(shared.Kubeconfig()); err != nil {
+		return 1, err
+	}
+	if err := prepare(ctx); err != nil {
+		dump(os.Stderr)
+		return 1, err
+	}
+	if code = tests(); code != 0 {
+		dump(os.Stderr)
+	}
+	return code, nil
+}
+
+// openCluster starts the tests' own cluster, or finds the one that is asked for.
+func openCluster(ctx context.Context) (stop func() error, err error) {
+	if name := os.Getenv("CASTELLAN_CLUSTER"); name != "" {
+		shared, err = cluster.Attach(name)
+		return func() error { return nil }, err
+	}
+	shared, err = cluster.Start(ctx, cluster.Config{Name: "e2e", Log: os.Stderr})
+	if err != nil {
+		return nil, err
+	}
+	return func() error { return shared.Stop(ctx) }, nil
+}
+
+// prepare builds the command, and installs Castellan by it unless it is installed.
+func prepare(ctx context.Context) error {
+	step := steps()
+	if err := build(ctx, bin, "castellan"); err != nil {
+		return err
+	}
+	step("castellan is built")
+	if err := loadApps(ctx); err != nil {
+		return err
+	}
+	step("the application's image is loaded")
+	if installed() && os.Getenv("CASTELLAN_REINSTALL") == "" {
+		return nil
+	}
+	if err := loadImages(ctx, "dev"); err != nil {
+		return err
+	}
+	step("Castellan's images are loaded")
+	out, err := castellan(ctx, append([]string{"install"}, settings...)...)
+	step("castellan install ended")
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, out)
+	}
+	return nil
+}
+
+// settings of the installation that the tests share.
+var settings = []string{"--set", "image.pullPolicy=Never", "--set", "image.tag=dev"}
+
+// steps says how long each step took.
+func steps() func(string) {
+	last := time.Now()
+	return func(what string) {
+		fmt.Fprintf(os.Stderr, "%s: %.1fs\n", what, time.Since(last).Seconds())
+		last = time.Now()
+	}
+}
+
+func installed() bool {
+	return api.get("/apis/apps/v1/namespaces/castellan-system/daemonsets/castellan-agent", nil) == nil
+}
+
+func needCluster(t *testing.T) {
+	t.Helper()
+	if shared == nil {
+		t.Skip("a cluster needs root")
+	}
+}
+
+// eventually polls until check is content.
+func eventually(t *testing.T, what string, check func() error) {
+	t.Helper()
+	within(t, patience, what, check)
+}
+
+func within(t *testing.T, limit time.Duration, what string, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// path of a binary under test.
+func path(name string) string { return filepath.Join(bin, name) }
