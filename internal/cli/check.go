@@ -19,23 +19,18 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
+	"castellan.dev/internal/install"
 	"castellan.dev/internal/up"
 )
 
 // Outcomes of one check.
 const (
-	checkOK   = "ok"
-	checkWarn = "warning"
-	checkFail = "failed"
+	checkOK   = install.OK
+	checkWarn = install.Warning
+	checkFail = install.Failed
 )
 
-type checkResult struct {
-	Check  string `json:"check"`
-	Status string `json:"status"`
-	// Message says what is, Hint what to do.
-	Message string `json:"message,omitempty"`
-	Hint    string `json:"hint,omitempty"`
-}
+type checkResult = install.Result
 
 // checker goes through a running mesh part by part.
 type checker struct {
@@ -49,38 +44,68 @@ type checker struct {
 
 func (e *env) checkCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "check", Short: "Check every part of a running mesh", Args: noArgs,
-		Long: `Check every part of a running mesh: its processes, certificates, sockets and
-policies. Exit code 2 when something fails; each failure comes with a hint.`,
+		Use: "check", Short: "Check every part of a running mesh, or a cluster before it has one", Args: noArgs,
+		Long: `Check every part of a running mesh: its processes or pods, certificates, sockets and
+policies. With --pre, check whether a cluster can take Castellan. Exit code 2 when
+something fails; each failure comes with a hint.
+
+` + howTargeted,
 	}
-	upPath := upFlag(cmd)
+	t := e.targetFlags(cmd)
+	pre := addPreFlags(cmd)
+	timeout := cmd.Flags().Duration("timeout", time.Minute, "how long all of it may take")
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
-		file, err := up.ReadFile(*upPath)
+		if *timeout <= 0 {
+			return invalidf("--timeout: %v is no time", *timeout)
+		}
+		stop := e.progress("checking")
+		ctx, cancel := context.WithTimeout(cmd.Context(), *timeout)
+		defer cancel()
+		results, err := e.check(ctx, t, pre)
+		stop()
 		if err != nil {
 			return err
 		}
-		stop := e.progress("checking")
-		ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
-		defer cancel()
-		c := &checker{ctx: ctx, upPath: *upPath, file: file, client: &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{Proxy: nil, DisableKeepAlives: true}}}
-		c.run()
-		stop()
 		if *format != "table" {
-			err = writeData(e.out, *format, c.results)
+			err = writeData(e.out, *format, results)
 		} else {
-			err = e.printChecks(c.results)
+			err = e.printChecks(results)
 		}
-		if err == nil && slices.ContainsFunc(c.results, func(r checkResult) bool { return r.Status == checkFail }) {
+		if err == nil && failed(results) {
 			err = errNegative
 		}
 		return err
 	}
 	return cmd
+}
+
+// check goes through the mesh that is meant.
+func (e *env) check(ctx context.Context, t *target, pre *preFlags) ([]checkResult, error) {
+	if err := pre.check(); err != nil {
+		return nil, err
+	}
+	if pre.asked {
+		return e.checkBefore(ctx, t, pre)
+	}
+	cluster, err := t.onCluster()
+	if err != nil {
+		return nil, err
+	}
+	if cluster {
+		return e.checkCluster(ctx, t)
+	}
+	file, err := t.upMesh()
+	if err != nil {
+		return nil, err
+	}
+	c := &checker{ctx: ctx, upPath: *t.up, file: file, client: &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{Proxy: nil, DisableKeepAlives: true}}}
+	c.run()
+	return c.results, nil
 }
 
 func (e *env) printChecks(results []checkResult) error {
@@ -200,11 +225,16 @@ func (c *checker) authorities() {
 		return
 	}
 	defer conn.Close()
+	c.authoritiesOf(&admin{ClientConn: conn}, "run it as the user that runs the mesh")
+}
+
+// authoritiesOf asks a server for its certificates and what is wrong with it.
+func (c *checker) authoritiesOf(conn *admin, hint string) {
 	ctx, cancel := context.WithTimeout(c.ctx, 5*time.Second)
 	defer cancel()
 	status, err := castellanv1.NewAuthorityAdminClient(conn).Status(ctx, &castellanv1.AuthorityStatusRequest{})
 	if err != nil {
-		c.verdict("authorities", (&admin{ClientConn: conn}).failed(err), "", "run it as the user that runs the mesh")
+		c.verdict("authorities", conn.failed(err), "", hint)
 		return
 	}
 	view, err := viewStatus(status)

@@ -112,7 +112,7 @@ func (e *env) root(name string) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return invalidf("%w; see `%s --help`", err, cmd.CommandPath())
 	})
-	root.AddCommand(e.upCommand(), e.certCommand(), e.authzCommand(), e.caCommand(), e.checkCommand(), e.versionCommand(), e.sampleAppCommand())
+	root.AddCommand(e.upCommand(), e.certCommand(), e.authzCommand(), e.caCommand(), e.checkCommand(), e.installCommand(), e.uninstallCommand(), e.versionCommand(), e.sampleAppCommand())
 	root.Version = Version
 	root.SetVersionTemplate("castellan {{.Version}}\n")
 	root.InitDefaultHelpCmd()

@@ -27,6 +27,8 @@ const (
 	DefaultNamespace = "castellan-system"
 	// OldestKubernetes is the first version whose API has all that the chart uses.
 	OldestKubernetes = "v1.31.0"
+	// TestedKubernetes is the version that is rendered for where no cluster is asked.
+	TestedKubernetes = "v1.36.3"
 
 	// release is the name of what is installed; there is one in a cluster.
 	release = "castellan"
@@ -43,7 +45,7 @@ type Options struct {
 	Namespace string
 	// Values over the chart's own.
 	Values map[string]any
-	// KubeVersion is the cluster's; empty: the version the chart was made for.
+	// KubeVersion is the cluster's; empty: TestedKubernetes.
 	KubeVersion string
 }
 
@@ -75,13 +77,14 @@ func Render(opts Options) (*Rendered, error) {
 		return nil, fmt.Errorf("chart: %w", err)
 	}
 	caps := common.DefaultCapabilities.Copy()
-	if opts.KubeVersion != "" {
-		version, err := common.ParseKubeVersion(opts.KubeVersion)
-		if err != nil {
-			return nil, fmt.Errorf("the cluster's version %q: %w", opts.KubeVersion, err)
-		}
-		caps.KubeVersion = *version
+	if opts.KubeVersion == "" {
+		opts.KubeVersion = TestedKubernetes
 	}
+	version, err := common.ParseKubeVersion(opts.KubeVersion)
+	if err != nil {
+		return nil, fmt.Errorf("the cluster's version %q: %w", opts.KubeVersion, err)
+	}
+	caps.KubeVersion = *version
 	values, err := util.ToRenderValues(chart, opts.Values, common.ReleaseOptions{
 		Name: release, Namespace: opts.Namespace, Revision: 1, IsInstall: true,
 	}, caps)
