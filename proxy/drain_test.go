@@ -53,10 +53,10 @@ func TestDrainLetsRequestsEnd(t *testing.T) {
 	g := newGate(t)
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.publish(strict)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Publish(strict)
 	r := start(t, a, g.addr, drainIn(patience)).ready()
-	cert := a.issuer.Leaf(t, frontend)
+	cert := a.Issuer.Leaf(t, frontend)
 	busy := dialTLS(t, r.inbound, cert, "http/1.1")
 	idle := dialTLS(t, r.inbound, cert, "http/1.1")
 	_, _ = io.WriteString(busy.conn, "GET / HTTP/1.1\r\nHost: orders\r\n\r\n")
@@ -95,10 +95,10 @@ func TestDrainIsBounded(t *testing.T) {
 	g := newGate(t)
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.publish(strict)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Publish(strict)
 	r := start(t, a, g.addr, drainIn(50*time.Millisecond)).ready()
-	busy := dialTLS(t, r.inbound, a.issuer.Leaf(t, frontend), "http/1.1")
+	busy := dialTLS(t, r.inbound, a.Issuer.Leaf(t, frontend), "http/1.1")
 	_, _ = io.WriteString(busy.conn, "GET / HTTP/1.1\r\nHost: orders\r\n\r\n")
 	<-g.arrived
 	if err := r.stop(); err != nil {
@@ -125,12 +125,12 @@ func TestAgentRestart(t *testing.T) {
 	r, ca := mesh(t, strict+frontendMayGet)
 	live := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "http/1.1")
 	live.mustGet(200)
-	r.agent.stop()
+	r.agent.Stop()
 	live.mustGet(200)
 	dialTLS(t, r.inbound, ca.Leaf(t, frontend), "http/1.1").mustGet(200)
-	r.agent.serve()
-	defer r.agent.stop()
-	r.agent.publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
+	r.agent.Serve()
+	defer r.agent.Stop()
+	r.agent.Publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
 	eventually(t, "new policy after the restart", func() bool {
 		resp, err := live.get()
 		return err == nil && resp.StatusCode == 403
@@ -144,11 +144,11 @@ func TestBadCertificateIsRefused(t *testing.T) {
 		"expired":          ca.Leaf(t, orders, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }),
 		"not a workload's": ca.Leaf(t, orders, func(c *x509.Certificate) { c.URIs = nil; c.DNSNames = []string{"x.example"} }),
 	} {
-		good := r.agent.issuer.Leaf(t, orders)
+		good := r.agent.Issuer.Leaf(t, orders)
 		_ = good
-		r.agent.secrets(bad, r.agent.root)
+		r.agent.Secrets(bad, r.agent.Root)
 		eventually(t, name+" refused", func() bool {
-			for _, rec := range r.agent.recorder.Records() {
+			for _, rec := range r.agent.Recorder.Records() {
 				if rec.TypeURL == secretType && rec.Nacked != "" {
 					return true
 				}
@@ -156,8 +156,8 @@ func TestBadCertificateIsRefused(t *testing.T) {
 			return false
 		})
 		dialTLS(t, r.inbound, ca.Leaf(t, frontend), "http/1.1").mustGet(200)
-		r.agent.secrets(ca.Leaf(t, orders), r.agent.root)
-		r.agent.settled()
+		r.agent.Secrets(ca.Leaf(t, orders), r.agent.Root)
+		r.agent.Settled()
 	}
 }
 
@@ -234,7 +234,7 @@ func TestListenIsAllOrNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	cfg := config.Proxy{AgentSocket: a.socket, Inbound: []config.Inbound{{Listen: "127.0.0.1:0", App: "127.0.0.1:1"}, {Listen: taken.Addr().String(), App: "127.0.0.1:1"}}}
+	cfg := config.Proxy{AgentSocket: a.Socket, Inbound: []config.Inbound{{Listen: "127.0.0.1:0", App: "127.0.0.1:1"}, {Listen: taken.Addr().String(), App: "127.0.0.1:1"}}}
 	r := &running{t: t}
 	r.Proxy, err = newProxy(cfg)
 	if err != nil {
@@ -275,10 +275,10 @@ func TestRotationUnderLoad(t *testing.T) {
 	}
 	for range 20 {
 		short := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(10 * time.Second) }
-		p.orders.agent.secrets(p.orders.agent.issuer.Leaf(t, orders, short), p.root)
-		p.frontend.agent.secrets(p.frontend.agent.issuer.Leaf(t, frontend, short), p.root)
-		p.orders.agent.settled()
-		p.frontend.agent.settled()
+		p.orders.agent.Secrets(p.orders.agent.Issuer.Leaf(t, orders, short), p.root)
+		p.frontend.agent.Secrets(p.frontend.agent.Issuer.Leaf(t, frontend, short), p.root)
+		p.orders.agent.Settled()
+		p.frontend.agent.Settled()
 	}
 	close(stop)
 	workers.Wait()

@@ -3,11 +3,8 @@ package proxy_test
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -15,29 +12,21 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
-	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
-	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
-	"sigs.k8s.io/yaml"
 
-	castellanv1 "castellan.dev/api/castellan/v1"
 	"castellan.dev/internal/config"
 	"castellan.dev/internal/tlsconf/tlsconftest"
 	"castellan.dev/internal/xds"
 	"castellan.dev/proxy"
 	"castellan.dev/proxy/accesslog"
+	"castellan.dev/proxy/proxytest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -49,14 +38,11 @@ const (
 	payments = td + "/ns/shop/sa/payments"
 	intruder = td + "/ns/guest/sa/intruder"
 
-	secretType  = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
-	policyType  = "type.googleapis.com/castellan.v1.WorkloadPolicy"
-	serviceType = "type.googleapis.com/castellan.v1.ServiceIdentity"
-	jwksType    = "type.googleapis.com/castellan.v1.Jwks"
-	bundleType  = "type.googleapis.com/castellan.v1.Bundle"
-	deniedType  = "type.googleapis.com/castellan.v1.Denylist"
+	secretType = proxytest.SecretType
+	policyType = proxytest.PolicyType
+	jwksType   = proxytest.JWKSType
 
-	workloadPort = 8080
+	workloadPort = proxytest.Port
 	patience     = 15 * time.Second
 )
 
@@ -71,174 +57,16 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	t.Fatalf("not within %s: %s", patience, what)
 }
 
-// agent serves one workload's resources on a socket, as castellan-agent does.
-type agent struct {
-	t        testing.TB
-	socket   string
-	table    *xds.Table
-	recorder xds.Recorder
-	root     *tlsconftest.CA
-	issuer   *tlsconftest.CA
-	policy   *castellanv1.WorkloadPolicy
-	services map[string]*castellanv1.ServiceIdentity
-	stop     func()
-}
-
-type deltaStream = grpc.GenericServerStream[discoveryv3.DeltaDiscoveryRequest, discoveryv3.DeltaDiscoveryResponse]
+type agent = proxytest.Agent
 
 func newAgent(t testing.TB, root *tlsconftest.CA, id string) *agent {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "cp")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	a := &agent{
-		t: t, socket: filepath.Join(dir, "s"), root: root, issuer: root.SVIDIssuer(t),
-		table:    xds.NewTable(secretType, policyType, serviceType, jwksType, bundleType, deniedType),
-		services: map[string]*castellanv1.ServiceIdentity{},
-	}
-	for _, typeURL := range []string{serviceType, jwksType, bundleType, deniedType} {
-		a.table.Set(typeURL, xds.Snapshot{})
-	}
-	account := strings.Split(strings.TrimPrefix(id, td+"/ns/"), "/sa/")
-	a.policy = &castellanv1.WorkloadPolicy{
-		Namespace: account[0], ServiceAccount: account[1], TrustDomain: "cluster.local",
-		Labels: map[string]string{"app": account[1]},
-		Mesh:   []byte(`{"trustDomain":"cluster.local","rootNamespace":"castellan-system"}`),
-		Ports:  []*castellanv1.WorkloadPort{{Number: workloadPort, Protocol: "http"}},
-	}
-	a.serve()
-	t.Cleanup(func() { a.stop() })
-	return a
-}
-
-// serve opens the socket and serves every stream from the table.
-func (a *agent) serve() {
-	a.t.Helper()
-	l, err := net.Listen("unix", a.socket)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	server := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
-		method, _ := grpc.MethodFromServerStream(stream)
-		cfg := xds.Config{Source: a.table, Observer: &a.recorder, Types: []string{secretType}}
-		if strings.HasSuffix(method, "/DeltaAggregatedResources") {
-			cfg.Types = []string{policyType, serviceType, jwksType, bundleType, deniedType}
-		}
-		return xds.ServeDelta(&deltaStream{ServerStream: stream}, cfg)
-	}))
-	done := make(chan struct{})
-	go func() { defer close(done); _ = server.Serve(l) }()
-	a.stop = sync.OnceFunc(func() { server.Stop(); <-done })
-}
-
-func pemOf(kind string, blocks ...[]byte) []byte {
-	var out []byte
-	for _, b := range blocks {
-		out = append(out, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: b})...)
-	}
-	return out
-}
-
-func inline(b []byte) *corev3.DataSource {
-	return &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: b}}
+	return proxytest.NewAgent(t, root, id)
 }
 
 func resource(t testing.TB, name string, m proto.Message) xds.Resource {
 	t.Helper()
-	r, err := xds.NewResource(name, m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
-// secrets publishes a certificate and the roots that are trusted.
-func (a *agent) secrets(cert *tls.Certificate, roots ...*tlsconftest.CA) {
-	a.t.Helper()
-	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey.(*ecdsa.PrivateKey))
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	var ders [][]byte
-	for _, r := range roots {
-		ders = append(ders, r.Cert.Raw)
-	}
-	a.table.Set(secretType, xds.NewSnapshot(
-		resource(a.t, "default", &tlsv3.Secret{Name: "default", Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
-			CertificateChain: inline(pemOf("CERTIFICATE", cert.Certificate...)), PrivateKey: inline(pemOf("PRIVATE KEY", key)),
-		}}}),
-		resource(a.t, "ROOTCA", &tlsv3.Secret{Name: "ROOTCA", Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-			TrustedCa: inline(pemOf("CERTIFICATE", ders...)),
-		}}}),
-	))
-}
-
-// publish sends policies, YAML documents separated by "---".
-func (a *agent) publish(documents string) {
-	a.t.Helper()
-	a.policy.Documents = nil
-	for _, doc := range strings.Split(documents, "---\n") {
-		if strings.TrimSpace(doc) == "" {
-			continue
-		}
-		j, err := yaml.YAMLToJSON([]byte(doc))
-		if err != nil {
-			a.t.Fatal(err)
-		}
-		a.policy.Documents = append(a.policy.Documents, j)
-	}
-	a.table.Set(policyType, xds.NewSnapshot(resource(a.t, "uid-1", a.policy)))
-}
-
-// service publishes a destination with one port 80 and the endpoints' addresses by identity.
-func (a *agent) service(name, protocol string, expected []string, endpoints ...[2]string) {
-	a.t.Helper()
-	s := &castellanv1.ServiceIdentity{
-		Namespace: "shop", Name: name, ExpectedIds: expected,
-		Hosts: []string{name, name + ".shop", name + ".shop.svc.cluster.local"},
-		Ports: []*castellanv1.ServicePort{{Name: "p", Number: 80, Protocol: protocol}},
-	}
-	for _, e := range endpoints {
-		host, port, err := net.SplitHostPort(e[0])
-		if err != nil {
-			a.t.Fatal(err)
-		}
-		n, _ := strconv.Atoi(port)
-		s.Endpoints = append(s.Endpoints, &castellanv1.Endpoint{Address: host, Ports: map[uint32]uint32{80: uint32(n)}, SpiffeId: e[1]})
-	}
-	a.services[name] = s
-	var all []xds.Resource
-	for name, s := range a.services {
-		all = append(all, resource(a.t, "shop/"+name, s))
-	}
-	a.table.Set(serviceType, xds.NewSnapshot(all...))
-}
-
-func (a *agent) deny(d *castellanv1.Denylist) {
-	a.t.Helper()
-	a.table.Set(deniedType, xds.NewSnapshot(resource(a.t, "default", d)))
-}
-
-// settled waits until the proxy has acknowledged everything published.
-func (a *agent) settled() {
-	a.t.Helper()
-	eventually(a.t, "everything acknowledged", func() bool {
-		acked := map[string]string{}
-		for _, r := range a.recorder.Records() {
-			acked[r.TypeURL+r.Name] = r.Acked
-		}
-		for _, typeURL := range []string{secretType, policyType, serviceType, jwksType, deniedType} {
-			snapshot, _ := a.table.Resources(typeURL)
-			for name, r := range snapshot {
-				if acked[typeURL+name] != r.Version {
-					return false
-				}
-			}
-		}
-		return true
-	})
+	return proxytest.Resource(t, name, m)
 }
 
 // buffer is a log that may be read while it is written.
@@ -287,7 +115,7 @@ func start(t testing.TB, a *agent, app string, options ...option) *running {
 	t.Helper()
 	cfg := config.Proxy{
 		Header:      config.Header{APIVersion: config.APIVersion, Kind: "ProxyConfig"},
-		AgentSocket: a.socket,
+		AgentSocket: a.Socket,
 		Inbound:     []config.Inbound{{Listen: "127.0.0.1:0", Port: workloadPort, App: app}},
 	}
 	for _, o := range options {
@@ -332,7 +160,7 @@ func start(t testing.TB, a *agent, app string, options ...option) *running {
 
 func (r *running) ready() *running {
 	r.t.Helper()
-	r.agent.settled()
+	r.agent.Settled()
 	if err := errors.Join(r.CheckIdentity(), r.CheckPolicy()); err != nil {
 		r.t.Fatal(err)
 	}

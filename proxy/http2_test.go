@@ -131,8 +131,8 @@ func TestHTTP2Inbound(t *testing.T) {
 	if status, err := h2Get(t, cc); err != nil || status != 200 {
 		t.Fatalf("%d, %v", status, err)
 	}
-	r.agent.publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
-	r.agent.settled()
+	r.agent.Publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
+	r.agent.Settled()
 	if status, err := h2Get(t, cc); err != nil || status != 403 {
 		t.Fatalf("%d, %v", status, err)
 	}

@@ -16,9 +16,9 @@ func mesh(t testing.TB, policies string, options ...option) (*running, *tlsconft
 	t.Helper()
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.publish(policies)
-	return start(t, a, newApp(t), options...).ready(), a.issuer
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Publish(policies)
+	return start(t, a, newApp(t), options...).ready(), a.Issuer
 }
 
 func TestInboundAllowsAndDenies(t *testing.T) {
@@ -156,7 +156,7 @@ func TestForeignPeersAreRefused(t *testing.T) {
 	for name, cert := range map[string]*tls.Certificate{
 		"other root":           tlsconftest.NewRoot(t).SVIDIssuer(t).Leaf(t, frontend),
 		"other trust domain":   ca.Leaf(t, "spiffe://evil.example/ns/shop/sa/frontend"),
-		"serving intermediate": r.agent.root.ServingIssuer(t).Leaf(t, frontend),
+		"serving intermediate": r.agent.Root.ServingIssuer(t).Leaf(t, frontend),
 	} {
 		c, _ := httpClient(t, cert)
 		resp, err := c.Get("https://" + r.inbound + "/")
@@ -173,13 +173,13 @@ func TestFailsClosed(t *testing.T) {
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
 	r := start(t, a, newApp(t))
-	caller := a.issuer.Leaf(t, frontend)
+	caller := a.Issuer.Leaf(t, frontend)
 	c, _ := httpClient(t, caller)
 	if resp, err := c.Get("https://" + r.inbound + "/"); err == nil {
 		resp.Body.Close()
 		t.Fatalf("served without a certificate: %d", resp.StatusCode)
 	}
-	a.secrets(a.issuer.Leaf(t, orders), root)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
 	eventually(t, "identity", func() bool { return r.CheckIdentity() == nil })
 	if got := get(t, r.inbound, caller, "/"); got.status != 403 || got.body != "access denied\n" {
 		t.Fatalf("without a policy: %d %q", got.status, got.body)
@@ -189,21 +189,21 @@ func TestFailsClosed(t *testing.T) {
 		t.Fatal("ready without a policy")
 	}
 
-	a.policy.ServiceAccount = "payments"
-	a.publish(strict)
+	a.Policy.ServiceAccount = "payments"
+	a.Publish(strict)
 	waitLine(t, r.log, "no policy of our own; everything is denied")
 	if got := get(t, r.inbound, caller, "/"); got.status != 403 {
 		t.Fatalf("somebody else's policy: %d", got.status)
 	}
-	a.policy.ServiceAccount = "orders"
-	a.publish(strict)
+	a.Policy.ServiceAccount = "orders"
+	a.Publish(strict)
 	r.ready()
 	if got := get(t, r.inbound, caller, "/"); got.status != 200 {
 		t.Fatalf("own policy: %d", got.status)
 	}
 
-	a.policy.DenyAll, a.policy.DenyReason = true, "orders.yaml cannot be read"
-	a.publish(strict)
+	a.Policy.DenyAll, a.Policy.DenyReason = true, "orders.yaml cannot be read"
+	a.Publish(strict)
 	eventually(t, "deny_all in force", func() bool { return get(t, r.inbound, caller, "/").status == 403 })
 	r.logged("orders.yaml cannot be read")
 }
@@ -212,7 +212,7 @@ func TestFailsClosed(t *testing.T) {
 func TestUnreadablePolicyDeniesAndIsRefused(t *testing.T) {
 	r, ca := mesh(t, strict+frontendMayGet)
 	caller := ca.Leaf(t, frontend)
-	r.agent.publish(strict + frontendMayGet + `
+	r.agent.Publish(strict + frontendMayGet + `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: newer, namespace: shop}
@@ -221,7 +221,7 @@ spec:
   rules: [{from: [{source: {unheardOf: [x]}}]}]
 `)
 	eventually(t, "refusal at the server", func() bool {
-		for _, rec := range r.agent.recorder.Records() {
+		for _, rec := range r.agent.Recorder.Records() {
 			if rec.TypeURL == policyType && strings.Contains(rec.Reason, "unheardOf") {
 				return true
 			}
@@ -231,6 +231,6 @@ spec:
 	if got := get(t, r.inbound, caller, "/"); got.status != 403 {
 		t.Fatalf("%d", got.status)
 	}
-	r.agent.publish(strict + frontendMayGet)
+	r.agent.Publish(strict + frontendMayGet)
 	eventually(t, "good policy again", func() bool { return get(t, r.inbound, caller, "/").status == 200 })
 }

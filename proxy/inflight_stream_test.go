@@ -22,9 +22,9 @@ func streamMesh(t *testing.T, protocol, policies string) (*running, *tlsconftest
 	t.Helper()
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.policy.Ports[0].Protocol = protocol
-	a.publish(policies)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Policy.Ports[0].Protocol = protocol
+	a.Publish(policies)
 	app := newStreamApp(t, func(w http.ResponseWriter, r *http.Request) {
 		c := http.NewResponseController(w)
 		_ = c.EnableFullDuplex()
@@ -43,7 +43,7 @@ func streamMesh(t *testing.T, protocol, policies string) (*running, *tlsconftest
 			<-r.Context().Done()
 		}
 	})
-	return start(t, a, app).ready(), a.issuer
+	return start(t, a, app).ready(), a.Issuer
 }
 
 // stream is one request in flight, whose body is written line by line.
@@ -143,14 +143,14 @@ func TestPolicyChangeEndsRequestsInFlight(t *testing.T) {
 				url := "https://" + r.inbound
 				up, events, other := openStream(t, c, "POST", url+"/up"), openStream(t, c, "GET", url+"/events"), openStream(t, c, "POST", url+"/other")
 				up.echo("one")
-				r.agent.publish(denyRule(`{to: [{operation: {paths: ["/elsewhere"]}}]}`))
-				r.agent.settled()
+				r.agent.Publish(denyRule(`{to: [{operation: {paths: ["/elsewhere"]}}]}`))
+				r.agent.Settled()
 				up.echo("two")
 				other.echo("one")
-				r.agent.publish(denyRule(`{to: [{operation: {paths: ["/up", "/events"]}}], when: [{key: "request.headers[x-room]", values: ["lobby"]}]}`))
+				r.agent.Publish(denyRule(`{to: [{operation: {paths: ["/up", "/events"]}}], when: [{key: "request.headers[x-room]", values: ["lobby"]}]}`))
 				up.cut()
 				events.cut()
-				r.agent.settled()
+				r.agent.Settled()
 				other.echo("two") // another request, of HTTP/2 on the same connection
 				r.logged(`"path":"/up"`, `"reason":"policy"`, `"protocol":"`+version+`"`)
 				r.logged(`"path":"/events"`, `"reason":"policy"`)
@@ -164,8 +164,8 @@ func TestDenyAllEndsRequestsInFlight(t *testing.T) {
 	r, ca := streamMesh(t, "http", strict+everybody)
 	s := openStream(t, streamClients(t, ca)["HTTP/2"], "POST", "https://"+r.inbound+"/")
 	s.echo("one")
-	r.agent.policy.DenyAll, r.agent.policy.DenyReason = true, "test"
-	r.agent.publish(strict + everybody)
+	r.agent.Policy.DenyAll, r.agent.Policy.DenyReason = true, "test"
+	r.agent.Publish(strict + everybody)
 	s.cut()
 }
 
@@ -198,10 +198,10 @@ func TestPolicyChangesUnderLoad(t *testing.T) {
 		}
 	}
 	for range 10 {
-		r.agent.publish(denyRule(`{to: [{operation: {paths: ["/up"]}}]}`))
-		r.agent.settled()
-		r.agent.publish(strict + everybody)
-		r.agent.settled()
+		r.agent.Publish(denyRule(`{to: [{operation: {paths: ["/up"]}}]}`))
+		r.agent.Settled()
+		r.agent.Publish(strict + everybody)
+		r.agent.Settled()
 		before := served.Load()
 		eventually(t, "served again", func() bool { return served.Load() > before })
 	}

@@ -25,10 +25,10 @@ func openWebSocket(t *testing.T, policies string) (*running, *session) {
 	})
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.publish(policies)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Publish(policies)
 	r := start(t, a, app).ready()
-	s := dialTLS(t, r.inbound, a.issuer.Leaf(t, frontend), "http/1.1")
+	s := dialTLS(t, r.inbound, a.Issuer.Leaf(t, frontend), "http/1.1")
 	if _, err := io.WriteString(s.conn, "GET /chat HTTP/1.1\r\nHost: orders\r\nX-Room: lobby\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
@@ -63,8 +63,8 @@ spec: {action: DENY, rules: [RULE]}
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, live := openWebSocket(t, strict+frontendMayGet)
-			r.agent.publish(c.change)
-			r.agent.settled()
+			r.agent.Publish(c.change)
+			r.agent.Settled()
 			if !c.closes {
 				live.echo("still here")
 				return

@@ -81,8 +81,8 @@ func TestRotationKeepsLiveConnections(t *testing.T) {
 	next := tlsconftest.NewRoot(t)
 	nextIssuer := next.SVIDIssuer(t)
 	renewed := nextIssuer.Leaf(t, orders)
-	r.agent.secrets(renewed, r.agent.root, next)
-	r.agent.settled()
+	r.agent.Secrets(renewed, r.agent.Root, next)
+	r.agent.Settled()
 	live.mustGet(200)
 	fresh := dialTLS(t, r.inbound, nextIssuer.Leaf(t, frontend), "http/1.1")
 	fresh.mustGet(200)
@@ -94,7 +94,7 @@ func TestRotationKeepsLiveConnections(t *testing.T) {
 	}
 
 	// The old root goes: who was trusted by it alone goes with it (trust rule 9).
-	r.agent.secrets(renewed, next)
+	r.agent.Secrets(renewed, next)
 	live.closed()
 	fresh.mustGet(200)
 	waitLine(t, r.log, "live connection closed", "peer_not_trusted", frontend)
@@ -119,7 +119,7 @@ func TestRevocationClosesLiveConnections(t *testing.T) {
 			other := dialTLS(t, r.inbound, ca.Leaf(t, intruder), "http/1.1")
 			revoked.mustGet(200)
 			other.mustGet(200)
-			r.agent.deny(list(cert.Leaf))
+			r.agent.Deny(list(cert.Leaf))
 			revoked.closed()
 			other.mustGet(200)
 			waitLine(t, r.log, "live connection closed", "peer_revoked", frontend)
@@ -136,11 +136,11 @@ func TestPolicyChangeJudgesTheNextRequest(t *testing.T) {
 	r, ca := mesh(t, strict+frontendMayGet)
 	live := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "http/1.1")
 	live.mustGet(200)
-	r.agent.publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
-	r.agent.settled()
+	r.agent.Publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
+	r.agent.Settled()
 	live.mustGet(403)
-	r.agent.publish(strict + frontendMayGet)
-	r.agent.settled()
+	r.agent.Publish(strict + frontendMayGet)
+	r.agent.Settled()
 	live.mustGet(200)
 }
 
@@ -148,7 +148,7 @@ func TestStrictClosesLivePlaintext(t *testing.T) {
 	r, _ := mesh(t, mode("PERMISSIVE"))
 	live := dialTLS(t, r.inbound, nil)
 	live.mustGet(200)
-	r.agent.publish(strict)
+	r.agent.Publish(strict)
 	live.closed()
 }
 
@@ -170,9 +170,9 @@ func TestPeerExpiryLeavesTCP(t *testing.T) {
 	live := dialTLS(t, r.inbound, ca.Leaf(t, frontend, func(c *x509.Certificate) { c.NotAfter = expires }), "istio")
 	live.echo("before")
 	eventually(t, "expiry", func() bool { return time.Now().After(expires.Add(1200 * time.Millisecond)) })
-	r.agent.policy.Labels["changed"] = "yes"
-	r.agent.publish(strict)
-	r.agent.settled()
+	r.agent.Policy.Labels["changed"] = "yes"
+	r.agent.Publish(strict)
+	r.agent.Settled()
 	live.echo("after")
 }
 
@@ -192,11 +192,11 @@ func tcpMesh(t testing.TB, policies string, options ...option) (*running, *tlsco
 	t.Helper()
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.policy.Ports[0].Protocol = "tcp"
-	a.publish(policies)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Policy.Ports[0].Protocol = "tcp"
+	a.Publish(policies)
 	app := newTCPApp(t, func(c net.Conn) { _, _ = io.Copy(c, c); _ = c.(*net.TCPConn).CloseWrite() })
-	return start(t, a, app, options...).ready(), a.issuer
+	return start(t, a, app, options...).ready(), a.Issuer
 }
 
 const tcpFrontend = `
@@ -234,9 +234,9 @@ func TestPolicyChangeClosesTCP(t *testing.T) {
 	r, ca := tcpMesh(t, strict+tcpFrontend)
 	live := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "istio")
 	live.echo("one")
-	r.agent.publish(strict + tcpFrontend + "\n")
+	r.agent.Publish(strict + tcpFrontend + "\n")
 	live.echo("two")
-	r.agent.publish(strict + strings.Replace(tcpFrontend, "sa/frontend", "sa/payments", 1))
+	r.agent.Publish(strict + strings.Replace(tcpFrontend, "sa/frontend", "sa/payments", 1))
 	live.closed()
 	r.logged(`"protocol":"TCP"`, `"reason":"policy"`)
 }
@@ -258,7 +258,7 @@ func TestTCPThroughBothProxies(t *testing.T) {
 		t.Fatalf("%d bytes, %v", len(got), err)
 	}
 	// Whoever is no longer expected there loses the connection.
-	p.frontend.agent.service("orders", "tcp", []string{payments}, [2]string{p.orders.inbound, payments})
+	p.frontend.agent.Service("orders", "tcp", []string{payments}, [2]string{p.orders.inbound, payments})
 	s.closed()
 	waitLine(t, p.frontend.log, "live connection closed", "identity_not_expected")
 }
@@ -279,9 +279,9 @@ func TestServerSpeaksFirst(t *testing.T) {
 func TestUndeclaredPort(t *testing.T) {
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.policy.Ports = nil
-	a.publish(strict)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Policy.Ports = nil
+	a.Publish(strict)
 	r := start(t, a, newTCPApp(t, func(c net.Conn) {
 		b := make([]byte, 1024)
 		n, _ := c.Read(b)
@@ -291,7 +291,7 @@ func TestUndeclaredPort(t *testing.T) {
 		}
 		_, _ = c.Write(b[:n])
 	})).ready()
-	cert := a.issuer.Leaf(t, frontend)
+	cert := a.Issuer.Leaf(t, frontend)
 	dialTLS(t, r.inbound, cert).mustGet(200)
 	r.logged(`"protocol":"HTTP/1.1"`, `"status":200`)
 	binary := dialTLS(t, r.inbound, cert)
@@ -317,16 +317,16 @@ func undeclaredMesh(t *testing.T, policies string) (*running, *tlsconftest.CA, *
 	t.Helper()
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.policy.Ports = nil
-	a.publish(policies)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Policy.Ports = nil
+	a.Publish(policies)
 	seen := &buffer{}
 	app := newTCPApp(t, func(c net.Conn) {
 		_, _ = io.WriteString(c, "220 ready\r\n")
 		_, _ = io.Copy(io.MultiWriter(c, seen), c)
 	})
 	quick := limit(func(l *config.ProxyLimits) { l.HandshakeTimeout = config.Duration(300 * time.Millisecond) })
-	return start(t, a, app, quick).ready(), a.issuer, seen
+	return start(t, a, app, quick).ready(), a.Issuer, seen
 }
 
 // On an undeclared port a client that waits until it counts as TCP gets the
@@ -394,9 +394,9 @@ spec: {jwtRules: [{issuer: "https://issuer.example", jwks: '{"keys":[]}'}]}
 			if _, err := io.ReadFull(live.r, make([]byte, len("\x00bytes"))); err != nil {
 				t.Fatal(err)
 			}
-			r.agent.publish(policies)
+			r.agent.Publish(policies)
 			live.closed()
-			r.agent.settled()
+			r.agent.Settled()
 			s := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "istio")
 			if _, err := io.WriteString(s.conn, "\x01more"); err != nil {
 				t.Fatal(err)

@@ -38,19 +38,19 @@ spec:
 func TestPeersOfAnAlias(t *testing.T) {
 	root := tlsconftest.NewRoot(t)
 	a := newAgent(t, root, orders)
-	a.secrets(a.issuer.Leaf(t, orders), root)
-	a.policy.Mesh = []byte(`{"trustDomain":"cluster.local","trustDomainAliases":["old.example"],"rootNamespace":"castellan-system"}`)
-	a.publish(strict + frontendMayGet)
+	a.Secrets(a.Issuer.Leaf(t, orders), root)
+	a.Policy.Mesh = []byte(`{"trustDomain":"cluster.local","trustDomainAliases":["old.example"],"rootNamespace":"castellan-system"}`)
+	a.Publish(strict + frontendMayGet)
 	r := start(t, a, newApp(t)).ready()
-	old := a.issuer.Leaf(t, "spiffe://old.example/ns/shop/sa/frontend")
+	old := a.Issuer.Leaf(t, "spiffe://old.example/ns/shop/sa/frontend")
 	if got := get(t, r.inbound, old, "/"); got.status != 200 || !strings.HasSuffix(got.echo.Header.Get("X-Forwarded-Client-Cert"), "URI=spiffe://old.example/ns/shop/sa/frontend") {
 		t.Fatalf("%d %q", got.status, got.body)
 	}
 	// The alias goes, and with it the live connections of its peers.
 	live := dialTLS(t, r.inbound, old, "http/1.1")
 	live.mustGet(200)
-	a.policy.Mesh = []byte(`{"trustDomain":"cluster.local","rootNamespace":"castellan-system"}`)
-	a.publish(strict + frontendMayGet)
+	a.Policy.Mesh = []byte(`{"trustDomain":"cluster.local","rootNamespace":"castellan-system"}`)
+	a.Publish(strict + frontendMayGet)
 	live.closed()
 }
 

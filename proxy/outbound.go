@@ -110,7 +110,7 @@ func (out *outbound) serveTCP(ctx context.Context, conn net.Conn, l *live, sourc
 			e.Reason, e.Error = err.Reason, err.Err
 			return speaksTCP
 		}
-		defer up.Close()
+		defer func() { _ = up.Close() }()
 		var server net.Conn = up
 		if first, ok := conn.(*prefixConn); ok && unsaid {
 			told := &prefixConn{Conn: up}

@@ -23,15 +23,15 @@ func newPair(t testing.TB, protocol, app string, options ...option) *pair {
 	t.Helper()
 	root := tlsconftest.NewRoot(t)
 	server := newAgent(t, root, orders)
-	server.secrets(server.issuer.Leaf(t, orders), root)
-	server.policy.Ports[0].Protocol = protocol
-	server.publish(strict)
+	server.Secrets(server.Issuer.Leaf(t, orders), root)
+	server.Policy.Ports[0].Protocol = protocol
+	server.Publish(strict)
 	p := &pair{root: root, orders: start(t, server, app, options...).ready()}
 
 	client := newAgent(t, root, frontend)
-	client.secrets(client.issuer.Leaf(t, frontend), root)
-	client.publish(strict)
-	client.service("orders", protocol, []string{orders}, [2]string{p.orders.inbound, orders})
+	client.Secrets(client.Issuer.Leaf(t, frontend), root)
+	client.Publish(strict)
+	client.Service("orders", protocol, []string{orders}, [2]string{p.orders.inbound, orders})
 	p.frontend = start(t, client, newApp(t), append(options, outboundTo("shop/orders"))...).ready()
 	return p
 }
@@ -64,11 +64,11 @@ func TestOutboundSNIAndALPN(t *testing.T) {
 	for protocol, want := range map[string]string{"http": "istio-http/1.1", "tcp": "istio"} {
 		root := tlsconftest.NewRoot(t)
 		a := newAgent(t, root, frontend)
-		a.secrets(a.issuer.Leaf(t, frontend), root)
-		a.publish(strict)
+		a.Secrets(a.Issuer.Leaf(t, frontend), root)
+		a.Publish(strict)
 		hello := make(chan *tls.ClientHelloInfo, 10)
 		l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
-			Certificates: []tls.Certificate{*a.issuer.Leaf(t, orders)}, ClientAuth: tls.RequireAnyClientCert,
+			Certificates: []tls.Certificate{*a.Issuer.Leaf(t, orders)}, ClientAuth: tls.RequireAnyClientCert,
 			GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) { hello <- h; return nil, nil },
 		})
 		if err != nil {
@@ -84,7 +84,7 @@ func TestOutboundSNIAndALPN(t *testing.T) {
 				c.Close()
 			}
 		}()
-		a.service("orders", protocol, []string{orders}, [2]string{l.Addr().String(), orders})
+		a.Service("orders", protocol, []string{orders}, [2]string{l.Addr().String(), orders})
 		r := start(t, a, newApp(t), outboundTo("shop/orders")).ready()
 		c, err := net.Dial("tcp", r.outbound[0])
 		if err != nil {
@@ -147,19 +147,19 @@ func TestSecureNaming(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			root := tlsconftest.NewRoot(t)
 			a := newAgent(t, root, frontend)
-			a.secrets(a.issuer.Leaf(t, frontend), root)
+			a.Secrets(a.Issuer.Leaf(t, frontend), root)
 			if tt.mesh != "" {
-				a.policy.Mesh = []byte(tt.mesh)
+				a.Policy.Mesh = []byte(tt.mesh)
 			}
-			a.publish(strict)
-			l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{*a.issuer.Leaf(t, tt.runs)}, ClientAuth: tls.RequireAnyClientCert})
+			a.Publish(strict)
+			l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{*a.Issuer.Leaf(t, tt.runs)}, ClientAuth: tls.RequireAnyClientCert})
 			if err != nil {
 				t.Fatal(err)
 			}
 			server := &http.Server{ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })}
 			go func() { _ = server.Serve(l) }()
 			t.Cleanup(func() { server.Close() })
-			a.service("orders", "http", tt.expected, [2]string{l.Addr().String(), tt.declared})
+			a.Service("orders", "http", tt.expected, [2]string{l.Addr().String(), tt.declared})
 			r := start(t, a, newApp(t), outboundTo("shop/orders")).ready()
 			got := plainGet(t, "http://"+r.outbound[0]+"/")
 			if got.status != tt.status {
@@ -182,8 +182,8 @@ func TestOutboundFailures(t *testing.T) {
 	if got := plainGet(t, "http://"+r.outbound[0]+"/"); got.status != 503 || got.body != "no identity yet\n" {
 		t.Fatalf("without an identity: %d %q", got.status, got.body)
 	}
-	a.secrets(a.issuer.Leaf(t, frontend), root)
-	a.publish(strict)
+	a.Secrets(a.Issuer.Leaf(t, frontend), root)
+	a.Publish(strict)
 	r.ready()
 	if got := plainGet(t, "http://"+r.outbound[1]+"/"); got.status != 502 || got.body != "destination not available\n" {
 		t.Fatalf("unknown destination: %d %q", got.status, got.body)
@@ -193,10 +193,10 @@ func TestOutboundFailures(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead.Close()
-	a.service("orders", "http", []string{orders}, [2]string{dead.Addr().String(), orders})
+	a.Service("orders", "http", []string{orders}, [2]string{dead.Addr().String(), orders})
 	eventually(t, "dead endpoint tried", func() bool { return plainGet(t, "http://"+r.outbound[0]+"/").status == 503 })
 	r.logged(`"reason":"upstream_connect_failed"`, `"destination":"shop/orders"`)
-	a.service("orders", "http", []string{orders})
+	a.Service("orders", "http", []string{orders})
 	eventually(t, "no endpoint", func() bool {
 		plainGet(t, "http://"+r.outbound[0]+"/")
 		return strings.Contains(r.access.String(), `"reason":"no_endpoint"`)
@@ -211,9 +211,9 @@ func TestOutboundRetriesAnotherEndpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead.Close()
-	p.frontend.agent.service("orders", "http", []string{orders},
+	p.frontend.agent.Service("orders", "http", []string{orders},
 		[2]string{dead.Addr().String(), orders}, [2]string{p.orders.inbound, orders})
-	p.frontend.agent.settled()
+	p.frontend.agent.Settled()
 	for range 20 {
 		if got := plainGet(t, "http://"+p.frontend.outbound[0]+"/"); got.status != 200 {
 			t.Fatalf("%d %q", got.status, got.body)
@@ -224,10 +224,10 @@ func TestOutboundRetriesAnotherEndpoint(t *testing.T) {
 func TestOutboundSpreadsOverEndpoints(t *testing.T) {
 	p := newPair(t, "http", newApp(t))
 	second := newAgent(t, p.root, orders)
-	second.secrets(second.issuer.Leaf(t, orders), p.root)
-	second.publish(strict)
+	second.Secrets(second.Issuer.Leaf(t, orders), p.root)
+	second.Publish(strict)
 	other := start(t, second, newApp(t)).ready()
-	p.frontend.agent.service("orders", "http", []string{orders},
+	p.frontend.agent.Service("orders", "http", []string{orders},
 		[2]string{p.orders.inbound, orders}, [2]string{other.inbound, orders})
 	c, _ := httpClient(t, nil)
 	eventually(t, "both endpoints used", func() bool {

@@ -47,12 +47,12 @@ func tokenMesh(t testing.TB) (*running, *tlsconftest.CA, *jwstest.Issuer) {
 	r, ca := mesh(t, strict+tokenPolicy)
 	issuer := jwstest.EC(t, "https://issuer.example", "k1")
 	publishKeys(t, r.agent, jwstest.JWKS(t, issuer))
-	r.agent.settled()
+	r.agent.Settled()
 	return r, ca, issuer
 }
 
 func publishKeys(t testing.TB, a *agent, keys []byte) {
-	a.table.Set(jwksType, xds.NewSnapshot(resource(t, "jwks:"+jwksURI, &castellanv1.Jwks{Source: "jwks:" + jwksURI, Jwks: keys})))
+	a.Table.Set(jwksType, xds.NewSnapshot(resource(t, "jwks:"+jwksURI, &castellanv1.Jwks{Source: "jwks:" + jwksURI, Jwks: keys})))
 }
 
 func TestTokens(t *testing.T) {
@@ -149,7 +149,7 @@ func TestTokenKeys(t *testing.T) {
 	bearer := []string{"Authorization", "Bearer " + token}
 	check := func(when string, with, without int) {
 		t.Helper()
-		r.agent.settled()
+		r.agent.Settled()
 		if a := get(t, r.inbound, caller, "/", bearer...); a.status != with {
 			t.Fatalf("%s: %d with a token", when, a.status)
 		}
@@ -248,15 +248,15 @@ spec: {rules: [{from: [{source: {remoteIpBlocks: ["203.0.113.0/24", "2001:db8::/
 		t.Run(name, func(t *testing.T) {
 			root := tlsconftest.NewRoot(t)
 			a := newAgent(t, root, orders)
-			a.secrets(a.issuer.Leaf(t, orders), root)
-			a.policy.Mesh = []byte(`{"trustDomain":"cluster.local","rootNamespace":"castellan-system","numTrustedProxies":` + tt.trusted + `}`)
-			a.publish(policies)
+			a.Secrets(a.Issuer.Leaf(t, orders), root)
+			a.Policy.Mesh = []byte(`{"trustDomain":"cluster.local","rootNamespace":"castellan-system","numTrustedProxies":` + tt.trusted + `}`)
+			a.Publish(policies)
 			r := start(t, a, newApp(t)).ready()
 			var header []string
 			for _, v := range tt.xff {
 				header = append(header, "X-Forwarded-For", v)
 			}
-			if got := get(t, r.inbound, a.issuer.Leaf(t, frontend), "/", header...); got.status != tt.status {
+			if got := get(t, r.inbound, a.Issuer.Leaf(t, frontend), "/", header...); got.status != tt.status {
 				t.Fatalf("%d, want %d", got.status, tt.status)
 			}
 		})
