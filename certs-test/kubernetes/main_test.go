@@ -3,7 +3,9 @@
 //
 // The tests have a cluster of their own, which ends with them. With
 // CASTELLAN_CLUSTER=NAME they use one that runs (make cluster-up NAME=...) and what is
-// installed in it, and leave both as they are: a single test then takes seconds.
+// installed in it, and leave both as they are: a single test then takes seconds. With
+// CASTELLAN_INSTALL=always they install what is in the tree first, with never they
+// install nothing.
 package kubernetes_test
 
 import (
@@ -96,8 +98,14 @@ func prepare(ctx context.Context) error {
 		return err
 	}
 	step("the application's image is loaded")
-	if installed() && os.Getenv("CASTELLAN_REINSTALL") == "" {
+	switch os.Getenv("CASTELLAN_INSTALL") {
+	case "always":
+	case "never":
 		return nil
+	default:
+		if installed() {
+			return nil
+		}
 	}
 	if err := loadImages(ctx, "dev"); err != nil {
 		return err

@@ -357,3 +357,28 @@ func calledBy(t *testing.T, r control.Result, caller *app) {
 		t.Errorf("the application saw the caller %q, want %s", xfcc, caller.id())
 	}
 }
+
+// outcome is an error unless the call was answered with success.
+func outcome(r control.Result) error {
+	if r.Error != "" || r.Status >= 400 {
+		return fmt.Errorf("%+v", r)
+	}
+	return nil
+}
+
+// containers are the names of a pod's containers, the init containers first.
+func containers(t *testing.T, ns, name string) (names []string) {
+	t.Helper()
+	var p struct {
+		Spec struct {
+			InitContainers, Containers []struct{ Name string }
+		}
+	}
+	if err := api.get("/api/v1/namespaces/"+ns+"/pods/"+name, &p); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
+		names = append(names, c.Name)
+	}
+	return names
+}
