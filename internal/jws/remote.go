@@ -36,7 +36,19 @@ type RemoteConfig struct {
 // the source fails.
 type Remote struct {
 	*source
-	log *slog.Logger
+	log                             *slog.Logger
+	every, firstRetry, longestRetry time.Duration
+}
+
+func (r *Remote) setDefaults() {
+	for _, d := range []struct {
+		value *time.Duration
+		def   time.Duration
+	}{{&r.every, refreshEvery}, {&r.firstRetry, firstBackoff}, {&r.longestRetry, longestWait}} {
+		if *d.value <= 0 {
+			*d.value = d.def
+		}
+	}
 }
 
 // NewRemote checks cfg; nothing is fetched before Run or Refetch.
@@ -60,6 +72,7 @@ func NewRemote(cfg RemoteConfig) (*Remote, error) {
 	}
 	f := newFetcher(g, cfg.RootCAs, cfg.Timeout)
 	r := &Remote{log: cfg.Log}
+	r.setDefaults()
 	r.source = newSource(cfg.Source, cfg.Now, func(ctx context.Context) (*KeySet, error) {
 		keys, err := f.keySet(ctx, cfg.Source)
 		if err != nil {
@@ -71,21 +84,21 @@ func NewRemote(cfg RemoteConfig) (*Remote, error) {
 }
 
 // Run fetches now, every 20 minutes, and after a failure in 1 minute, doubling
-// to 60, until ctx ends.
+// to 60, until ctx ends; of NewFetched as configured.
 func (r *Remote) Run(ctx context.Context) error {
-	backoff := firstBackoff
+	backoff := r.firstRetry
 	for {
-		wait := refreshEvery
+		wait := r.every
 		err := r.refresh(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			wait, backoff = backoff, min(2*backoff, longestWait)
+			wait, backoff = backoff, min(2*backoff, r.longestRetry)
 			keys, _ := r.Keys()
 			r.log.Warn("token keys could not be fetched", "source", r.name, "error", err, "retryIn", wait.String(), "lastGood", keys.Version())
 		default:
-			backoff = firstBackoff
+			backoff = r.firstRetry
 		}
 		timer := time.NewTimer(wait)
 		select {
