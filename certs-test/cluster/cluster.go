@@ -323,7 +323,8 @@ func (c *Cluster) Kubeconfig() string { return c.state.Options.Path("kubeconfig"
 // Kubectl is the path of a kubectl of the cluster's version.
 func (c *Cluster) Kubectl() string { return filepath.Join(c.state.Options.Kube, "kubectl") }
 
-// Logs is the folder with a log of each program.
+// Logs is the folder with a log of each program, and audit.log: a line of JSON for
+// each request that a pod made to the API server.
 func (c *Cluster) Logs() string { return c.state.Options.Path("logs") }
 
 // Server is the API server's address outside the cluster's namespaces.

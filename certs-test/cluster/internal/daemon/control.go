@@ -34,6 +34,8 @@ func (d *daemon) apiServer() part {
 			filepath.Join(d.opts.Kube, "kube-apiserver"),
 			"--advertise-address=" + layout.Control4,
 			"--allow-privileged",
+			"--audit-log-path=" + d.opts.Path("logs", "audit.log"),
+			"--audit-policy-file=" + d.etc("audit.yaml"),
 			"--authorization-mode=Node,RBAC",
 			"--cert-dir=" + d.etc(),
 			"--client-ca-file=" + d.etc("ca.crt"),
@@ -58,6 +60,18 @@ func (d *daemon) apiServer() part {
 		ready: d.api.ok("/readyz"),
 	}
 }
+
+// auditPolicy records what pods ask of the API server, without the contents.
+const auditPolicy = `apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- level: None
+  userGroups: ["system:serviceaccounts:kube-system"]
+- level: Metadata
+  userGroups: ["system:serviceaccounts"]
+- level: None
+`
 
 // switches are the features asked for, as flags of the API server.
 func (d *daemon) switches() []string {

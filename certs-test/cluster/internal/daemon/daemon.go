@@ -194,6 +194,7 @@ func (d *daemon) files() error {
 	}
 	err = errors.Join(err,
 		writeTokens(d.etc("tokens.csv"), accounts),
+		os.WriteFile(d.etc("audit.yaml"), []byte(auditPolicy), 0o644),
 		kubeconfig(d.etc("admin.conf"), server, d.etc("ca.crt"), accounts[0].token),
 		kubeconfig(d.opts.Path("kubeconfig"), "https://"+hostPort("127.0.0.1", d.opts.LoopbackPort), d.etc("ca.crt"), accounts[0].token),
 		os.WriteFile(d.etc("Corefile"), fmt.Appendf(nil, corefile, layout.Control4, layout.Control6, d.etc("admin.conf")), 0o644),
