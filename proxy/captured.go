@@ -69,6 +69,23 @@ func newCaptured(now func() time.Time, ports ...uint16) *captured {
 	return c
 }
 
+// DialApp connects to an address of the pod as the application's own proxy: past
+// what the kernel would redirect.
+func (p *Proxy) DialApp(ctx context.Context, network, address string) (net.Conn, error) {
+	d := &p.dialer
+	if at, err := netip.ParseAddrPort(address); err == nil && p.captured != nil {
+		d = p.captured.dialer(at.Addr())
+	}
+	return d.DialContext(ctx, network, address)
+}
+
+func (c *captured) dialer(addr netip.Addr) *net.Dialer {
+	if addr.Is4() {
+		return &c.dialer4
+	}
+	return &c.dialer6
+}
+
 // isOwn reports whether an address is the pod's. Loopback is not: nothing is
 // redirected from it, and link-local ones mean nothing without their link.
 func (c *captured) isOwn(addr netip.Addr) bool {
@@ -131,10 +148,7 @@ func (p *Proxy) capturedInbound(dst netip.AddrPort) (*inbound, string) {
 		return nil, refusedForeign
 	}
 	in := newInbound(p, dst.Port(), dst.String())
-	in.address, in.dialer = dst.Addr(), &c.dialer4
-	if dst.Addr().Is6() {
-		in.dialer = &c.dialer6
-	}
+	in.address, in.dialer = dst.Addr(), c.dialer(dst.Addr())
 	return in, ""
 }
 

@@ -12,11 +12,13 @@ import (
 	"net"
 	"os"
 
+	"castellan.dev/internal/config"
 	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
 	"castellan.dev/proxy"
 	"castellan.dev/proxy/accesslog"
+	"castellan.dev/proxy/health"
 )
 
 func main() {
@@ -67,37 +69,70 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", cfg.Admin)
+	listeners, err := listenPlain(cfg)
 	if err != nil {
-		return fmt.Errorf("admin listener: %w", err)
-	}
-	admin := telemetry.NewAdmin(listener, registry, log)
-	admin.AddCheck("identity", p.CheckIdentity)
-	admin.AddCheck("policy", p.CheckPolicy)
-	admin.AddCheck("accepting", p.CheckDraining)
-	if err := p.Listen(); err != nil {
-		listener.Close()
 		return err
 	}
-	log.Info("serving", "inbound", len(cfg.Inbound), "outbound", len(cfg.Outbound), "admin", listener.Addr().String(), "agent", cfg.AgentSocket)
-	return serveBoth(ctx, p, admin, log)
+	admin := telemetry.NewAdmin(listeners.admin, registry, log)
+	admin.AddCheck("identity", p.CheckIdentity)
+	admin.AddCheck("policy", p.CheckPolicy)
+	admin.AddCheck("services", p.CheckServices)
+	admin.AddCheck("accepting", p.CheckDraining)
+	if len(cfg.Probes) > 0 {
+		admin.Handle("GET "+config.ProbePrefix, health.Probes(cfg.Probes, p.DialApp, log))
+	}
+	parts := []run.Part{admin.Run}
+	if listeners.ready != nil {
+		ready := health.Ready(p.CheckIdentity, p.CheckPolicy, p.CheckServices, p.CheckDraining)
+		parts = append(parts, func(ctx context.Context) error { return health.Serve(ctx, listeners.ready, ready, log) })
+	}
+	if err := p.Listen(); err != nil {
+		listeners.close()
+		return err
+	}
+	log.Info("serving", "inbound", len(cfg.Inbound), "outbound", len(cfg.Outbound), "captured", cfg.Capture != nil,
+		"admin", listeners.admin.Addr().String(), "agent", cfg.AgentSocket)
+	return serveAll(ctx, p, log, parts)
 }
 
-// serveBoth keeps the admin listener until the proxy has drained, so that
+// plain are the listeners that answer without mutual TLS.
+type plain struct{ admin, ready net.Listener }
+
+func listenPlain(cfg config.Proxy) (l plain, err error) {
+	if l.admin, err = net.Listen("tcp", cfg.Admin); err != nil {
+		return l, fmt.Errorf("admin listener: %w", err)
+	}
+	l.admin = health.Limit(l.admin)
+	if cfg.Ready == "" {
+		return l, nil
+	}
+	if l.ready, err = net.Listen("tcp", cfg.Ready); err != nil {
+		l.close()
+		return l, fmt.Errorf("ready listener: %w", err)
+	}
+	l.ready = health.Limit(l.ready)
+	return l, nil
+}
+
+func (l plain) close() {
+	l.admin.Close()
+	if l.ready != nil {
+		l.ready.Close()
+	}
+}
+
+// serveAll keeps what answers about the proxy until it has drained, so that
 // readiness can be asked for meanwhile.
-func serveBoth(ctx context.Context, p *proxy.Proxy, admin *telemetry.Admin, log *slog.Logger) error {
+func serveAll(ctx context.Context, p *proxy.Proxy, log *slog.Logger, about []run.Part) error {
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	err := run.All(background,
-		func(background context.Context) error {
-			defer stop()
-			ctx, cancel := context.WithCancel(ctx)
-			defer cancel()
-			defer context.AfterFunc(background, cancel)()
-			return p.Run(ctx)
-		},
-		admin.Run,
-	)
+	err := run.All(background, append(about, func(background context.Context) error {
+		defer stop()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(background, cancel)()
+		return p.Run(ctx)
+	})...)
 	if err == nil {
 		log.Info("stopped")
 	}

@@ -69,7 +69,7 @@ func NewAgent(t testing.TB, root *tlsconftest.CA, id string) *Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	a := &Agent{
 		t: t, Socket: filepath.Join(dir, "s"), Root: root, Issuer: root.SVIDIssuer(t),
 		Table:    xds.NewTable(SecretType, PolicyType, ServiceType, JWKSType, BundleType, DeniedType),
