@@ -10,54 +10,26 @@ import (
 	castellanv1 "castellan.dev/api/castellan/v1"
 )
 
-// Policies tells the operator what became of every document and every workload.
+// Policies tells the operator what became of every document and every workload of
+// the mesh.
 func (s *Server) Policies(context.Context, *castellanv1.PoliciesRequest) (*castellanv1.PoliciesResponse, error) {
 	st := s.state.Load()
 	if st == nil {
 		return nil, status.Error(codes.Unavailable, "no policy has been read yet")
 	}
 	resp := &castellanv1.PoliciesResponse{}
-	counts := map[Ref]count{}
-	acknowledged := make([]bool, len(st.workloads))
+	t := s.tally(st)
 	for i, w := range st.workloads {
-		report := s.reports.of(w)
-		acknowledged[i] = programmed(w, report)
-		for _, d := range w.docs {
-			c := counts[d.ref]
-			c.add(acknowledged[i])
-			counts[d.ref] = c
-		}
 		resp.Workloads = append(resp.Workloads, &castellanv1.WorkloadStatus{
-			PodUid: w.PodUID, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, Node: w.Node,
-			DenyAll: w.denyReason != "", DenyReason: w.denyReason, Version: w.resource.Version, Report: report,
+			PodUid: w.PodUID, PodName: w.PodName, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, Node: w.Node,
+			DenyAll: w.denyReason != "", DenyReason: w.denyReason, Version: w.resource.Version, Report: t.reports[i],
 		})
 	}
 	for i := range st.statuses {
 		p := &st.statuses[i]
-		var c count
-		switch {
-		case p.accepted || p.lastGood:
-			c = counts[p.Ref]
-		case p.denies != nil:
-			for i, w := range st.workloads {
-				if p.denies.covers(w.Namespace, w.Labels, s.cfg.Mesh) {
-					c.add(acknowledged[i])
-				}
-			}
-		}
-		resp.Policies = append(resp.Policies, p.proto(c))
+		resp.Policies = append(resp.Policies, p.proto(t.of(p, s.cfg.Mesh)))
 	}
 	return resp, nil
-}
-
-// count is of the workloads a document selects, and of those that enforce it.
-type count struct{ selected, programmed uint32 }
-
-func (c *count) add(acknowledged bool) {
-	c.selected++
-	if acknowledged {
-		c.programmed++
-	}
 }
 
 func (p *docStatus) proto(c count) *castellanv1.PolicyStatus {

@@ -67,7 +67,7 @@ func admit(docs []FileDocument, before map[Ref]good) *admission {
 			}
 			a.enforce(d.Ref, newGood(d), false)
 		case d.Ref.complete():
-			if g, ok := before[d.Ref]; ok {
+			if g, ok := before[d.Ref]; ok && g.of(d) {
 				st.lastGood = true
 				g.File = d.File
 				a.enforce(d.Ref, g, true)
@@ -136,7 +136,7 @@ func (a *admission) resolve(file string, at []int, before map[Ref]good, mentione
 func (s docStatus) denialReason() string {
 	f := s.firstError()
 	what := s.Place()
-	if s.Ref.complete() {
+	if s.Ref.complete() && s.File != "" {
 		what += ": " + s.Ref.String()
 	}
 	why := f.Reason

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -11,7 +12,6 @@ import (
 	castellanv1 "castellan.dev/api/castellan/v1"
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
-	"castellan.dev/identity"
 	"castellan.dev/internal/workloads"
 	"castellan.dev/internal/xds"
 )
@@ -22,32 +22,48 @@ type workload struct {
 	denyReason string
 	docs       []*inForce
 	resource   xds.Resource
+	// ports are what is declared, by number, and portKey names that.
+	ports   []workloads.Port
+	portKey string
 }
 
 // state is everything that follows from one reading of policy and inventory. It
 // is immutable.
 type state struct {
 	*admission
+	// workloads are those of the mesh; byUID has the others too, which are told
+	// nothing but may report what they were served.
 	workloads []*workload
 	byUID     map[string]*workload
 	services  xds.Snapshot
 }
 
-// builder makes states. It remembers the last one's resources, so that a change
-// costs what it changes.
+// builder makes states. It remembers the last one's, so that a change costs what
+// it changes.
 type builder struct {
 	mesh        policy.Mesh
 	meshJSON    []byte
 	trustDomain spiffeid.TrustDomain
-	last        map[string]*workload
+	// Of the last build.
+	last     map[string]*workload
+	docs     map[Ref]*inForce
+	denials  []denial
+	services map[string]serviceMade
+	// bodies are of resources that were made, by version: workloads that differ in
+	// nothing but their names share one.
+	bodies map[string]xds.Resource
 	// warned is what there is to warn of documents, by content and ports of the last
 	// build, and warning of this one.
 	warned, warning map[string][]authz.Finding
 	ports           portSets // of this build
 }
 
+// manyChanged is how many changed documents make it cheaper to look at every
+// workload anew than to ask each document about it.
+const manyChanged = 32
+
 func newBuilder(mesh policy.Mesh, td spiffeid.TrustDomain) (*builder, error) {
-	b := &builder{mesh: mesh, trustDomain: td, warning: map[string][]authz.Finding{}}
+	b := &builder{mesh: mesh, trustDomain: td, warning: map[string][]authz.Finding{}, bodies: map[string]xds.Resource{}}
 	var err error
 	if b.meshJSON, err = json.Marshal(mesh); err != nil {
 		return nil, fmt.Errorf("discovery: mesh settings: %w", err)
@@ -56,61 +72,139 @@ func newBuilder(mesh policy.Mesh, td spiffeid.TrustDomain) (*builder, error) {
 }
 
 func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
-	s := &state{admission: a, byUID: make(map[string]*workload, len(file.Workloads))}
+	s := &state{admission: a, byUID: make(map[string]*workload, len(file.Workloads)), workloads: make([]*workload, 0, len(file.Workloads))}
+	changed, all := b.adopt(a)
 	ix := newIndex(a.docs, b.mesh)
-	ports := file.DeclaredPorts()
-	b.ports = portSets{}
+	var ports map[string]map[uint16]string
+	if !file.Resolved {
+		ports = file.DeclaredPorts()
+	}
+	b.ports = newPortSets()
+	block := make([]workload, len(file.Workloads)) // one allocation instead of thousands
 	for i := range file.Workloads {
-		w, err := b.workload(&file.Workloads[i], a, ix, ports)
-		if err != nil {
-			return nil, err
+		w := &block[i]
+		w.Workload = &file.Workloads[i]
+		s.byUID[w.PodUID] = w
+		if w.OutsideMesh {
+			continue
+		}
+		if last := b.last[w.PodUID]; !all && file.Resolved && last.reusable(w.Workload) && !b.concerns(changed, w.Workload) {
+			w.denyReason, w.docs, w.resource, w.ports, w.portKey = last.denyReason, last.docs, last.resource, last.ports, last.portKey
+		} else {
+			w.declare(ports)
+			if err := b.decide(w, a, ix); err != nil {
+				b.last = nil // nothing of it may be taken for the last
+				return nil, err
+			}
 		}
 		s.workloads = append(s.workloads, w)
-		s.byUID[w.PodUID] = w
+		set := b.ports.id(w.portKey, w.ports)
+		for _, d := range w.docs {
+			d.selectedBy(set)
+		}
 	}
 	b.last = s.byUID
+	b.trim(s)
 	b.concretise(a, &b.ports)
 	var err error
-	s.services, err = b.serviceIdentities(file)
+	s.services, err = b.serviceIdentities(file, s.byUID)
 	return s, err
 }
 
-func (b *builder) workload(w *workloads.Workload, a *admission, ix *index, ports map[string]map[uint16]string) (*workload, error) {
-	docs := ix.selecting(w.Namespace, w.Labels)
-	declared := ports[w.PodUID]
-	portSet := b.ports.id(declared)
-	for _, d := range docs {
-		d.selectedBy(portSet)
+// adopt makes documents that have not changed those of the last build, so that
+// what hangs on them need not be looked at again, and returns those that have, in
+// both their versions. all: nothing can be said.
+func (b *builder) adopt(a *admission) (changed []*inForce, all bool) {
+	all = b.last == nil || !reflect.DeepEqual(b.denials, a.denials)
+	docs := make(map[Ref]*inForce, len(a.docs))
+	for i, d := range a.docs {
+		old := b.docs[d.ref]
+		if old != nil && old.hash == d.hash && old.last == d.last {
+			a.docs[i] = old
+			old.portSets = nil
+		} else {
+			changed = append(changed, d)
+		}
+		docs[d.ref] = a.docs[i]
 	}
-	out := &workload{Workload: w, docs: docs, denyReason: a.deny(w, b.mesh)}
+	for ref, old := range b.docs {
+		if docs[ref] != old {
+			changed = append(changed, old)
+		}
+	}
+	b.docs, b.denials = docs, a.denials
+	return changed, all || len(changed) > manyChanged
+}
+
+// reusable reports whether w is as it was.
+func (last *workload) reusable(w *workloads.Workload) bool {
+	return last != nil && w.Revision != 0 && last.Revision == w.Revision && last.resource.Body != nil
+}
+
+// concerns reports whether any of the documents selects a workload.
+func (b *builder) concerns(docs []*inForce, w *workloads.Workload) bool {
+	return slices.ContainsFunc(docs, func(d *inForce) bool { return authz.Selects(d.doc, w.Namespace, w.Labels, b.mesh) })
+}
+
+// declare notes what is declared of the workload's ports: by itself, or as said by
+// services too.
+func (w *workload) declare(services map[string]map[uint16]string) {
+	if services == nil {
+		w.ports = w.Ports // sorted by whoever resolved them
+	} else {
+		declared := services[w.PodUID]
+		for _, n := range slices.Sorted(maps.Keys(declared)) {
+			w.ports = append(w.ports, workloads.Port{Number: n, Protocol: declared[n]})
+		}
+	}
+	w.portKey = portKey(w.ports)
+}
+
+// decide finds the documents that select the workload, and makes its resource.
+func (b *builder) decide(w *workload, a *admission, ix *index) error {
+	w.docs = ix.selecting(w.Namespace, w.Labels)
+	w.denyReason = a.deny(w.Workload, b.mesh)
 	msg := &castellanv1.WorkloadPolicy{
 		Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, TrustDomain: b.trustDomain.Name(), Labels: w.Labels,
-		Mesh: b.meshJSON, DenyAll: out.denyReason != "", DenyReason: out.denyReason, Ports: portMessages(declared),
+		Mesh: b.meshJSON, DenyAll: w.denyReason != "", DenyReason: w.denyReason, Ports: portMessages(w.ports),
 	}
 	// The version is a hash of hashes, so that the documents need not be read again
 	// where nothing has changed.
 	head, err := xds.NewResource(w.PodUID, msg)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	parts := make([][]byte, 0, len(docs)+1)
+	parts := make([][]byte, 0, len(w.docs)+1)
 	parts = append(parts, []byte(head.Version))
-	for _, d := range docs {
+	for _, d := range w.docs {
 		parts = append(parts, []byte(d.hash))
 	}
 	version := xds.ContentVersion(parts...)
-	if last := b.last[w.PodUID]; last != nil && last.resource.Version == version {
-		out.resource = last.resource
-		return out, nil
+	made, ok := b.bodies[version]
+	if !ok {
+		for _, d := range w.docs {
+			msg.Documents = append(msg.Documents, d.JSON)
+		}
+		if made, err = xds.NewResource(w.PodUID, msg); err != nil {
+			return err
+		}
+		made.Version = version
+		b.bodies[version] = made
 	}
-	for _, d := range docs {
-		msg.Documents = append(msg.Documents, d.JSON)
+	w.resource = made
+	w.resource.Name = w.PodUID
+	return nil
+}
+
+// trim forgets bodies that no workload has any more, once they are many.
+func (b *builder) trim(s *state) {
+	if len(b.bodies) <= 2*len(s.workloads)+manyChanged {
+		return
 	}
-	if out.resource, err = xds.NewResource(w.PodUID, msg); err != nil {
-		return nil, err
+	clear(b.bodies)
+	for _, w := range s.workloads {
+		b.bodies[w.resource.Version] = w.resource
 	}
-	out.resource.Version = version
-	return out, nil
 }
 
 // deny returns why the workload denies everything, "" if it does not.
@@ -123,168 +217,10 @@ func (a *admission) deny(w *workloads.Workload, mesh policy.Mesh) string {
 	return ""
 }
 
-// index finds the documents that select a workload without asking each of them:
-// by namespace, and there by one of the labels a document wants.
-type index struct {
-	mesh   policy.Mesh
-	docs   []*inForce
-	spaces map[string]*space
-}
-
-// space holds one namespace's documents, by their place in index.docs.
-type space struct {
-	all     []int
-	byLabel map[[2]string][]int
-}
-
-func newIndex(docs []*inForce, mesh policy.Mesh) *index {
-	ix := &index{mesh: mesh, docs: docs, spaces: map[string]*space{}}
-	for i, d := range docs {
-		s := ix.spaces[d.ref.Namespace]
-		if s == nil {
-			s = &space{byLabel: map[[2]string][]int{}}
-			ix.spaces[d.ref.Namespace] = s
-		}
-		if label, ok := oneLabel(d.doc); ok {
-			s.byLabel[label] = append(s.byLabel[label], i)
-		} else {
-			s.all = append(s.all, i)
-		}
-	}
-	return ix
-}
-
-// oneLabel returns a label without which the document selects nobody.
-func oneLabel(doc policy.Document) (label [2]string, ok bool) {
-	var selector *policy.Selector
-	switch {
-	case doc.Authorization != nil:
-		selector = doc.Authorization.Selector
-	case doc.RequestAuthentication != nil:
-		selector = doc.RequestAuthentication.Selector
-	case doc.PeerAuthentication != nil:
-		selector = doc.PeerAuthentication.Selector
-	}
-	if selector == nil {
-		return label, false
-	}
-	for k, v := range selector.MatchLabels {
-		// The greatest key: which one is of no matter, but it is always the same.
-		if !ok || k > label[0] {
-			label, ok = [2]string{k, v}, true
-		}
-	}
-	return label, ok
-}
-
-// selecting returns the documents that select such a workload, in their order.
-func (ix *index) selecting(namespace string, labels map[string]string) []*inForce {
-	namespaces := []string{namespace}
-	if root := rootNamespace(ix.mesh); root != namespace {
-		namespaces = append(namespaces, root)
-	}
-	var found []int
-	for _, ns := range namespaces {
-		s := ix.spaces[ns]
-		if s == nil {
-			continue
-		}
-		found = append(found, s.all...)
-		for k, v := range labels {
-			found = append(found, s.byLabel[[2]string{k, v}]...)
-		}
-	}
-	slices.Sort(found)
-	out := make([]*inForce, 0, len(found))
-	for _, i := range found {
-		// authz has the last word on what selects.
-		if d := ix.docs[i]; authz.Selects(d.doc, namespace, labels, ix.mesh) {
-			out = append(out, d)
-		}
+func portMessages(ports []workloads.Port) []*castellanv1.WorkloadPort {
+	out := make([]*castellanv1.WorkloadPort, len(ports))
+	for i, p := range ports {
+		out[i] = &castellanv1.WorkloadPort{Number: uint32(p.Number), Protocol: p.Protocol}
 	}
 	return out
-}
-
-func portMessages(ports map[uint16]string) []*castellanv1.WorkloadPort {
-	numbers := slices.Sorted(maps.Keys(ports))
-	out := make([]*castellanv1.WorkloadPort, len(numbers))
-	for i, n := range numbers {
-		out[i] = &castellanv1.WorkloadPort{Number: uint32(n), Protocol: ports[n]}
-	}
-	return out
-}
-
-// serviceIdentities says of each service where it is and who must answer (rule 33).
-func (b *builder) serviceIdentities(file *workloads.File) (xds.Snapshot, error) {
-	pods := make(map[string]*workloads.Workload, len(file.Workloads))
-	for i := range file.Workloads {
-		pods[file.Workloads[i].PodUID] = &file.Workloads[i]
-	}
-	out := xds.Snapshot{}
-	for _, s := range file.Services {
-		r, err := xds.NewResource(s.Namespace+"/"+s.Name, b.serviceIdentity(s, pods))
-		if err != nil {
-			return nil, err
-		}
-		out[r.Name] = r
-	}
-	return out, nil
-}
-
-func (b *builder) serviceIdentity(s workloads.Service, pods map[string]*workloads.Workload) *castellanv1.ServiceIdentity {
-	msg := &castellanv1.ServiceIdentity{Namespace: s.Namespace, Name: s.Name, Hosts: s.Hosts, Addresses: s.Addresses}
-	expected := map[string]bool{}
-	for _, p := range s.Ports {
-		msg.Ports = append(msg.Ports, &castellanv1.ServicePort{Name: p.Name, Number: uint32(p.Number), Protocol: p.Protocol})
-	}
-	for _, e := range s.Endpoints {
-		pod := pods[e.Workload]
-		if pod == nil || pod.Address == "" {
-			continue // nowhere to go
-		}
-		id, err := b.id(pod)
-		if err != nil {
-			continue // no identity that could be expected; workloads has refused such names
-		}
-		ports := make(map[uint32]uint32, len(s.Ports))
-		for _, p := range s.Ports {
-			ports[uint32(p.Number)] = uint32(e.Port(p.Number))
-		}
-		msg.Endpoints = append(msg.Endpoints, &castellanv1.Endpoint{Address: pod.Address, Ports: ports, SpiffeId: id.String()})
-		b.expect(expected, id)
-	}
-	for _, name := range s.SubjectAltNames {
-		if id, err := spiffeid.FromString(name); err == nil {
-			b.expect(expected, id)
-		}
-	}
-	for id := range expected {
-		msg.ExpectedIds = append(msg.ExpectedIds, id)
-	}
-	slices.Sort(msg.ExpectedIds)
-	return msg
-}
-
-func (b *builder) id(w *workloads.Workload) (spiffeid.ID, error) {
-	account, err := identity.NewAccount(w.Namespace, w.ServiceAccount)
-	if err != nil {
-		return spiffeid.ID{}, err
-	}
-	workload, err := identity.New(b.trustDomain, account)
-	if err != nil {
-		return spiffeid.ID{}, err
-	}
-	return workload.ID(), nil
-}
-
-// expect adds an ID, and where it is the mesh's own the same under its aliases.
-func (b *builder) expect(expected map[string]bool, id spiffeid.ID) {
-	expected[id.String()] = true
-	if id.TrustDomain() != b.trustDomain && !slices.Contains(b.mesh.TrustDomainAliases, id.TrustDomain().Name()) {
-		return
-	}
-	expected[b.trustDomain.IDString()+id.Path()] = true
-	for _, alias := range b.mesh.TrustDomainAliases {
-		expected["spiffe://"+alias+id.Path()] = true
-	}
 }

@@ -15,8 +15,9 @@ func (r Ref) complete() bool { return r.Kind != "" && r.Namespace != "" && r.Nam
 
 func (r Ref) String() string { return r.Kind + " " + r.Namespace + "/" + r.Name }
 
-// FileDocument is one document of a file.
+// FileDocument is one document of a file, or one object of an API server.
 type FileDocument struct {
+	// File is empty for an object.
 	File string
 	// Line is where the document begins, from 1.
 	Line int
@@ -29,6 +30,9 @@ type FileDocument struct {
 	// Ref is what the document calls itself, as far as it can be told even where it
 	// is refused.
 	Ref Ref
+	// UID and Generation are an object's; a file's documents have none.
+	UID        string
+	Generation int64
 
 	// scope is whom it could select, for when it is refused.
 	scope scope
@@ -54,6 +58,9 @@ func (d FileDocument) Refused() bool {
 
 // Place is where the document stands, for people.
 func (d FileDocument) Place() string {
+	if d.File == "" {
+		return d.Ref.String()
+	}
 	if d.Line == 0 {
 		return d.File
 	}

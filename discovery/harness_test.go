@@ -139,13 +139,27 @@ func (s *setup) start() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	s.run(dir, inv, inv.Run, dir.Run)
+	s.eventually("readiness", func() bool { return s.server.Ready() == nil })
+}
+
+// startOn runs a server on any source.
+func (s *setup) startOn(source discovery.Source, inv discovery.Inventory) {
+	s.t.Helper()
+	s.log = &logBuffer{}
+	s.run(source, inv)
+}
+
+func (s *setup) run(source discovery.Source, inv discovery.Inventory, parts ...func(context.Context) error) {
+	s.t.Helper()
+	log := slog.New(slog.NewJSONHandler(s.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	account, err := identity.ParseAccount("castellan-system/castellan-agent")
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	bundle := &castellanv1.Bundle{TrustDomain: "cluster.local", X509Authorities: [][]byte{{1}}, Sequence: 1}
 	s.server, err = discovery.New(discovery.Config{
-		Source: dir, Workloads: inv, Mesh: s.mesh, TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local"),
+		Source: source, Workloads: inv, Mesh: s.mesh, TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local"),
 		Bundle: func() (*castellanv1.Bundle, <-chan struct{}) { return bundle, nil }, LastGoodDir: s.good, Agents: []identity.Account{account},
 		NodeOf: func(_ context.Context, serial string) (string, error) {
 			if node, ok := s.agents[serial]; ok || s.ledger != nil {
@@ -158,7 +172,7 @@ func (s *setup) start() {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, run := range []func(context.Context) error{inv.Run, dir.Run, s.server.Run} {
+	for _, run := range append(parts, s.server.Run) {
 		running.Go(func() {
 			if err := run(ctx); err != nil && !errors.Is(err, context.Canceled) {
 				s.t.Errorf("Run: %v", err)
@@ -168,7 +182,6 @@ func (s *setup) start() {
 	stopServing := s.serve()
 	s.stop = sync.OnceFunc(func() { stopServing(); cancel(); running.Wait() })
 	s.t.Cleanup(s.stop)
-	s.eventually("readiness", func() bool { return s.server.Ready() == nil })
 }
 
 func (s *setup) serve() (stop func()) {

@@ -101,6 +101,10 @@ func newGood(d FileDocument) good {
 	return good{File: d.File, JSON: d.JSON, doc: d.Document, hash: hex.EncodeToString(sum[:16])}
 }
 
+// of reports whether g is a version of what d is one of: an object that was made
+// anew under the name of another inherits nothing.
+func (g good) of(d FileDocument) bool { return d.UID == "" || d.UID == g.doc.Metadata.UID }
+
 func (g good) contentHash() string { return g.File + "\x00" + g.hash }
 
 func goodName(ref Ref) string {

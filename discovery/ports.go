@@ -2,12 +2,12 @@ package discovery
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
+	"castellan.dev/internal/workloads"
 )
 
 // maxPortSets bounds how many different declarations of ports a document is
@@ -20,22 +20,32 @@ type portSets struct {
 	ids  map[string]int
 }
 
-// id of what a workload declares; 0 is nothing, or not everything.
-func (p *portSets) id(ports map[uint16]string) int {
-	if p.ids == nil {
-		p.ids, p.sets = map[string]int{"": 0}, []map[uint16]string{nil}
-	}
+func newPortSets() portSets {
+	return portSets{ids: map[string]int{"": 0}, sets: []map[uint16]string{nil}}
+}
+
+// portKey names what is declared; "" is nothing, or not everything.
+func portKey(ports []workloads.Port) string {
 	var key strings.Builder
-	for _, n := range slices.Sorted(maps.Keys(ports)) {
-		if ports[n] == "" {
-			return 0 // services disagree, or say nothing
+	for _, p := range ports {
+		if p.Protocol == "" {
+			return "" // services disagree, or say nothing
 		}
-		fmt.Fprintf(&key, "%d=%s,", n, ports[n])
+		fmt.Fprintf(&key, "%d=%s,", p.Number, p.Protocol)
 	}
-	id, ok := p.ids[key.String()]
+	return key.String()
+}
+
+// id of what a workload declares.
+func (p *portSets) id(key string, ports []workloads.Port) int {
+	id, ok := p.ids[key]
 	if !ok {
+		set := make(map[uint16]string, len(ports))
+		for _, port := range ports {
+			set[port.Number] = port.Protocol
+		}
 		id = len(p.sets)
-		p.ids[key.String()], p.sets = id, append(p.sets, ports)
+		p.ids[key], p.sets = id, append(p.sets, set)
 	}
 	return id
 }

@@ -3,6 +3,7 @@ package discovery
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"sync"
 
 	"google.golang.org/grpc/codes"
@@ -54,7 +55,9 @@ func (s *Server) Report(ctx context.Context, req *castellanv1.ReportRequest) (*c
 		}
 		own[w.PodUID] = proto.CloneOf(r)
 	}
-	s.reports.set(node, own)
+	if s.reports.set(node, own) {
+		s.news.tell()
+	}
 	s.metrics.reports.Inc()
 	return &castellanv1.ReportResponse{}, nil
 }
@@ -87,23 +90,31 @@ func checkReport(req *castellanv1.ReportRequest) error {
 	return nil
 }
 
-func (r *reports) set(node string, own map[string]*castellanv1.WorkloadReport) {
+// set replaces what a node said, and reports whether that says anything else.
+func (r *reports) set(node string, own map[string]*castellanv1.WorkloadReport) (changed bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	changed = !maps.EqualFunc(r.byNode[node], own, func(a, b *castellanv1.WorkloadReport) bool { return proto.Equal(a, b) })
 	r.byNode[node] = own
+	return changed
 }
 
-// of returns what was said of a workload, nil if nothing. It must not be changed.
-func (r *reports) of(w *workload) *castellanv1.WorkloadReport {
+// all returns what was said of each workload, nil where nothing was. They must not
+// be changed.
+func (r *reports) all(workloads []*workload) []*castellanv1.WorkloadReport {
+	out := make([]*castellanv1.WorkloadReport, len(workloads))
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.byNode[w.Node][w.PodUID]
+	for i, w := range workloads {
+		out[i] = r.byNode[w.Node][w.PodUID]
+	}
+	return out
 }
 
 // prune forgets nodes without workloads.
 func (r *reports) prune(s *state) {
 	live := map[string]bool{}
-	for _, w := range s.workloads {
+	for _, w := range s.byUID {
 		live[w.Node] = true
 	}
 	r.mu.Lock()
@@ -116,21 +127,25 @@ func (r *reports) prune(s *state) {
 }
 
 // programmed reports whether every stream of the workload that follows its policy
-// has accepted the version that is offered now, and there is one.
-func programmed(w *workload, report *castellanv1.WorkloadReport) bool {
-	any := false
+// has accepted the version that is offered now, and there is one; and whether any
+// has refused it.
+func programmed(w *workload, report *castellanv1.WorkloadReport) (accepted, refused bool) {
+	any, all := false, true
 	for _, st := range report.GetStreams() {
 		for _, r := range st.GetResources() {
 			if r.GetTypeUrl() != castellanv1.TypeWorkloadPolicy {
 				continue
 			}
-			if r.GetAcked() != w.resource.Version || r.GetNacked() != "" {
-				return false
-			}
 			any = true
+			if r.GetAcked() != w.resource.Version || r.GetNacked() != "" {
+				all = false
+			}
+			if r.GetNacked() != "" {
+				refused = true
+			}
 		}
 	}
-	return any
+	return any && all, refused
 }
 
 // clip bounds what a peer gets into a log line.

@@ -39,6 +39,7 @@ type Server struct {
 	mesh    *xds.Table // what every node gets
 	nodes   nodes
 	reports reports
+	news    news // of states and reports
 	state   atomic.Pointer[state]
 	good    map[Ref]good // of Run's goroutine, before the first state: from disk
 }
@@ -101,7 +102,7 @@ func (s *Server) Run(ctx context.Context) error {
 	for first := true; ; first = false {
 		now := s.look()
 		if first || closed(last.docsChanged) || closed(last.fileChanged) {
-			if now.docs != nil { // nil: the source knows nothing yet
+			if now.docs != nil && now.file != nil { // nil: nothing is known yet
 				s.update(ctx, now)
 			}
 		}
@@ -163,6 +164,7 @@ func (s *Server) update(ctx context.Context, now seen) {
 	s.mesh.Set(castellanv1.TypeServiceIdentity, next.services)
 	s.keys.follow(ctx, a.docs)
 	s.reports.prune(next)
+	s.news.tell()
 	took := s.cfg.Now().Sub(began)
 	s.metrics.built(next, took)
 	s.log.Info("policy published", slog.Int("documents", len(a.docs)), slog.Int("denials", len(a.denials)),

@@ -179,10 +179,7 @@ func (p *Policies) found(k *policyKind, version string, err error) {
 // certainly serves none.
 func (p *Policies) served(ctx context.Context, k *policyKind) (string, error) {
 	for _, version := range policyVersions() {
-		list, err := p.cfg.Kubernetes.Discovery().ServerResourcesForGroupVersion(policy.Group + "/" + version)
-		if ctx.Err() != nil {
-			return "", ctx.Err()
-		}
+		list, err := p.resources(ctx, policy.Group+"/"+version)
 		if apierrors.IsNotFound(err) {
 			continue
 		}
@@ -194,6 +191,26 @@ func (p *Policies) served(ctx context.Context, k *policyKind) (string, error) {
 		}
 	}
 	return "", nil
+}
+
+// resources asks what is served. The client's call knows no context: it ends by
+// itself, and nobody waits for that.
+func (p *Policies) resources(ctx context.Context, groupVersion string) (*metav1.APIResourceList, error) {
+	type answer struct {
+		list *metav1.APIResourceList
+		err  error
+	}
+	got := make(chan answer, 1)
+	go func() {
+		list, err := p.cfg.Kubernetes.Discovery().ServerResourcesForGroupVersion(groupVersion)
+		got <- answer{list, err}
+	}()
+	select {
+	case a := <-got:
+		return a.list, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // mirror makes the mirror of a kind; stop ends it when the kind is gone.
