@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"cmp"
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -20,39 +22,64 @@ func (e *env) certInspectCommand() *cobra.Command {
 	var options tlsOptions
 	var within lifetime
 	cmd := &cobra.Command{
-		Use:   "inspect FILE|-|HOST:PORT|unix:SOCKET",
+		Use:   "inspect FILE|-|HOST:PORT|unix:SOCKET|pod/NAME",
 		Short: "Show a certificate chain, SPIFFE ID first",
 		Long: `Show the certificates of a file (PEM or DER), of standard input, of a TLS server,
-or of a workload's socket (SPIFFE Workload API). Nothing is verified: see cert verify.`,
+or of a workload's socket (SPIFFE Workload API). Nothing is verified: see cert verify.
+
+With pod/NAME, or deploy/NAME for one of its pods, show what the agent on the pod's node
+serves to it now, and verify it: exit code 2 unless callers take it for the pod's own.
+This needs get on pods in the pod's namespace, and in Castellan's list on pods, create on
+pods/exec and, for roots that are not the agent's word, get on configmaps. A file of such
+a name is ./pod/NAME.`,
 		Example: `  castellan cert inspect svid.pem
   castellan cert inspect 127.0.0.1:15012 -o json
-  castellan cert inspect unix:/var/run/secrets/workload-spiffe-uds/socket --expires-within 10m`,
-		Args: oneArg(certSource),
+  castellan cert inspect unix:/var/run/secrets/workload-spiffe-uds/socket --expires-within 10m
+  castellan cert inspect pod/orders-7d4b9 -n shop`,
+		Args: oneArg(certSource + ", or pod/NAME"),
 	}
 	formats := []string{"table", "json", "yaml", "pem"}
 	format := outputFlag(cmd, formats...)
 	options.addFlags(cmd)
+	mesh := addMeshFlags(cmd)
 	cmd.Flags().Var(&within, "expires-within", "exit 2 unless every certificate outlives this duration (10m, 36h, 7d)")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
-		stop := e.progress("reading " + args[0])
-		certs, err := e.loadCertificates(cmd.Context(), args[0], options)
-		stop()
-		if err != nil {
-			return err
-		}
 		now := time.Now() //nolint:forbidigo // a command line reads the real clock
-		if err := e.writeChain(certs, now, *format); err != nil {
+		certs, err := e.inspect(cmd.Context(), args[0], options, mesh, *format)
+		if len(certs) == 0 || !cmd.Flags().Changed("expires-within") {
 			return err
 		}
-		if !cmd.Flags().Changed("expires-within") {
-			return nil
-		}
-		return e.outlive(certs, now, time.Duration(within))
+		return cmp.Or(err, e.outlive(certs, now, time.Duration(within)))
 	}
 	return cmd
+}
+
+// inspect writes the certificates that source names, and returns them.
+func (e *env) inspect(ctx context.Context, source string, options tlsOptions, mesh *meshFlags, format string) ([]*x509.Certificate, error) {
+	if ref, ok := parsePodRef(source); ok {
+		if options != (tlsOptions{}) {
+			return nil, invalidf("--client-cert, --client-key and --server-name are for HOST:PORT, which %q is not", source)
+		}
+		p, err := e.inspectPod(ctx, mesh, ref, format)
+		if p == nil {
+			return nil, err
+		}
+		return p.chain, err
+	}
+	if err := mesh.unused(source); err != nil {
+		return nil, err
+	}
+	stop := e.progress("reading " + source)
+	certs, err := e.loadCertificates(ctx, source, options)
+	stop()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now() //nolint:forbidigo // a command line reads the real clock
+	return certs, e.writeChain(certs, now, format)
 }
 
 // writeChain writes certificates in one of the formats of inspect and fetch.

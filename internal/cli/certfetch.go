@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"castellan.dev/internal/disk"
@@ -28,23 +29,47 @@ func (e *env) certFetchCommand() *cobra.Command {
 	var watch bool
 	f := fetcher{env: e}
 	cmd := &cobra.Command{
-		Use:   "fetch [--socket SOCKET] [--watch] [--write DIR]",
-		Short: "Fetch this workload's SVID from its socket",
-		Long: `Fetch the X.509-SVID and bundle from a SPIFFE Workload API. With --write they go to
+		Use:   "fetch [pod/NAME | --socket SOCKET] [--watch] [--out DIR]",
+		Short: "Fetch this workload's SVID from its socket, or a pod's without its key",
+		Long: `Fetch the X.509-SVID and bundle from a SPIFFE Workload API. With --out they go to
 svid.pem, svid_key.pem (mode 0600) and bundle.pem, each replaced in one step; with
---watch they are fetched again at every change until Ctrl-C.`,
-		Args: noArgs,
+--watch they are fetched again at every change until Ctrl-C.
+
+With pod/NAME, or deploy/NAME for one of its pods, fetch the chain that the agent on the
+pod's node serves to it now, and the bundle: svid.pem and bundle.pem, and never a key.
+Exit code 2, and nothing is written, unless callers take the chain for the pod's own.`,
+		Example: `  castellan cert fetch --socket unix:/var/run/secrets/workload-spiffe-uds/socket --out tls
+  castellan cert fetch pod/orders-7d4b9 -n shop --out orders`,
+		Args: cobra.MaximumNArgs(1),
 	}
+	mesh := addMeshFlags(cmd)
+	// --write is what --out was called at first.
+	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "write" {
+			name = "out"
+		}
+		return pflag.NormalizedName(name)
+	})
 	cmd.Flags().StringVar(&socket, "socket", os.Getenv(workloadapi.SocketEnv), "socket (default $"+workloadapi.SocketEnv+")")
 	cmd.Flags().BoolVar(&watch, "watch", false, "go on, at every change")
-	cmd.Flags().StringVar(&f.dir, "write", "", "directory to write to")
+	cmd.Flags().StringVar(&f.dir, "out", "", "directory to write to")
 	formats := []string{"table", "json", "yaml", "pem"}
 	format := outputFlag(cmd, formats...)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*format, formats...); err != nil {
 			return err
 		}
 		f.format = *format
+		if len(args) == 1 {
+			ref, ok := parsePodRef(args[0])
+			if !ok || watch || cmd.Flags().Changed("socket") {
+				return invalidf("%q: want pod/NAME or deploy/NAME, without --socket and --watch; see `%s --help`", args[0], cmd.CommandPath())
+			}
+			return e.fetchPod(cmd.Context(), mesh, ref, f.dir, *format)
+		}
+		if err := mesh.unused("a socket"); err != nil {
+			return err
+		}
 		if !watch {
 			defer e.progress("waiting for an SVID")()
 			got, err := fetchSVIDs(cmd.Context(), socket)
@@ -105,7 +130,7 @@ func (f fetcher) deliver(c *workloadapi.X509Context) error {
 	}
 	roots = bundle.X509Authorities()
 	if err := os.MkdirAll(f.dir, 0o755); err != nil {
-		return fmt.Errorf("--write: %w", err)
+		return fmt.Errorf("--out: %w", err)
 	}
 	// The key first: whoever sees a new certificate finds its key.
 	for _, file := range []struct {
@@ -118,7 +143,7 @@ func (f fetcher) deliver(c *workloadapi.X509Context) error {
 		{"bundle.pem", encodePEM(roots), 0o644},
 	} {
 		if err := disk.Write(filepath.Join(f.dir, file.name), file.data, file.mode); err != nil {
-			return fmt.Errorf("--write: %w", err)
+			return fmt.Errorf("--out: %w", err)
 		}
 	}
 	fmt.Fprintf(f.env.err, "%s: svid.pem, svid_key.pem, bundle.pem for %s, valid until %s\n", f.dir, svid.ID, svid.Certificates[0].NotAfter.UTC().Format(time.RFC3339))

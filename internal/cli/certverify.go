@@ -115,18 +115,7 @@ func loadBundle(path string) ([]*x509.Certificate, spiffeid.TrustDomain, error) 
 	if err != nil {
 		return nil, spiffeid.TrustDomain{}, fmt.Errorf("--bundle: %w", err)
 	}
-	var td spiffeid.TrustDomain
-	for _, r := range roots {
-		if len(r.URIs) != 1 {
-			return roots, spiffeid.TrustDomain{}, nil
-		}
-		id, err := spiffeid.FromURI(r.URIs[0])
-		if err != nil || (!td.IsZero() && td != id.TrustDomain()) {
-			return roots, spiffeid.TrustDomain{}, nil
-		}
-		td = id.TrustDomain()
-	}
-	return roots, td, nil
+	return roots, trustDomainOf(roots), nil
 }
 
 // svidCheck verifies an X509-SVID (X509-SVID 5). The chain is judged by

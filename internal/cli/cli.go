@@ -65,6 +65,10 @@ var errNegative = errors.New("negative answer")
 func Main(args []string, in io.Reader, out, errw io.Writer) int {
 	ctx, stop := run.WithSignals(context.Background())
 	defer stop()
+	return runMain(ctx, args, in, out, errw)
+}
+
+func runMain(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) int {
 	errw = &sharedWriter{w: errw} // progress is said while the work goes on
 	e := &env{in: in, out: out, err: errw, command: args[0]}
 	name := filepath.Base(args[0])
@@ -112,7 +116,7 @@ func (e *env) root(name string) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return invalidf("%w; see `%s --help`", err, cmd.CommandPath())
 	})
-	root.AddCommand(e.upCommand(), e.certCommand(), e.authzCommand(), e.caCommand(), e.checkCommand(), e.installCommand(), e.uninstallCommand(), e.versionCommand(), e.sampleAppCommand())
+	root.AddCommand(e.upCommand(), e.certCommand(), e.authzCommand(), e.proxyCommand(), e.caCommand(), e.checkCommand(), e.installCommand(), e.uninstallCommand(), e.versionCommand(), e.sampleAppCommand())
 	root.Version = Version
 	root.SetVersionTemplate("castellan {{.Version}}\n")
 	root.InitDefaultHelpCmd()

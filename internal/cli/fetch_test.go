@@ -111,6 +111,6 @@ func TestFetchRefused(t *testing.T) {
 	castellanRun(t, "cert", "fetch").want(t, 3, "no socket given; use --socket or set SPIFFE_ENDPOINT_SOCKET")
 	castellanRun(t, "cert", "fetch", "--socket", "tcp:nonsense").want(t, 3, `--socket "tcp:nonsense"`)
 	castellanRun(t, "cert", "fetch", "--socket", t.TempDir()).want(t, 3, "is no socket")
-	castellanRun(t, "cert", "fetch", "svid.pem").want(t, 3, `unexpected argument "svid.pem"`)
+	castellanRun(t, "cert", "fetch", "svid.pem").want(t, 3, `"svid.pem": want pod/NAME or deploy/NAME`)
 	castellanRun(t, "cert", "fetch", "-o", "x").want(t, 3, `-o "x"`)
 }

@@ -127,3 +127,11 @@ func (m *meshFlags) namespace() (string, error) {
 	}
 	return ns, nil
 }
+
+// unused refuses the flags where what is asked about is not in a cluster.
+func (m *meshFlags) unused(source string) error {
+	if m.given() {
+		return invalidf("flags of a cluster are for pod/NAME, which %q is not", source)
+	}
+	return nil
+}

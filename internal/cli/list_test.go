@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"path/filepath"
@@ -51,6 +52,10 @@ func (l *longLedger) ListIssued(_ *castellanv1.ListIssuedRequest, s grpc.ServerS
 		return status.Error(codes.Internal, "the disk is gone")
 	}
 	return nil
+}
+
+func (l *longLedger) Status(context.Context, *castellanv1.AuthorityStatusRequest) (*castellanv1.AuthorityStatus, error) {
+	return &castellanv1.AuthorityStatus{TrustDomain: "cluster.local"}, nil
 }
 
 // ledgerMesh is a mesh of which only the ledger answers.

@@ -106,3 +106,14 @@ func chainFile(t testing.TB, c *tls.Certificate) string {
 	t.Helper()
 	return writeFile(t, "svid.pem", pemOf(tlsconftest.Chain(t, c)...))
 }
+
+// mustWrite writes a file below the working directory.
+func mustWrite(t testing.TB, path, data string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -69,11 +70,20 @@ func writeUp(t *testing.T, path string, file up.File) {
 // policyStatus is what the server says of its policies.
 type policyStatus struct {
 	castellanv1.UnimplementedDiscoveryAdminServer
+	mu     sync.Mutex
 	answer *castellanv1.PoliciesResponse
 }
 
 func (p *policyStatus) Policies(context.Context, *castellanv1.PoliciesRequest) (*castellanv1.PoliciesResponse, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	return p.answer, nil
+}
+
+func (p *policyStatus) set(answer *castellanv1.PoliciesResponse) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.answer = answer
 }
 
 // liveMesh is a mesh of this process: the real authority with its ledger, and
