@@ -100,6 +100,9 @@ func prepare(ctx context.Context) error {
 	step("the application's image is loaded")
 	switch os.Getenv("CASTELLAN_INSTALL") {
 	case "always":
+		if err := forgetCallers(); err != nil {
+			return err
+		}
 	case "never":
 		return nil
 	default:

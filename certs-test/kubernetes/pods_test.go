@@ -314,7 +314,8 @@ func (a *app) answers(t *testing.T, want int, url string, header ...string) (r c
 	return r
 }
 
-// fails makes a call until it fails for want of a connection, with any text.
+// fails makes a call until it fails and the application has not been reached: without
+// an answer, or with one of a proxy.
 func (a *app) fails(t *testing.T, c control.Call) (r control.Result) {
 	t.Helper()
 	c.Fresh = true
@@ -322,7 +323,7 @@ func (a *app) fails(t *testing.T, c control.Call) (r control.Result) {
 		if r, err = a.call(c); err != nil {
 			return err
 		}
-		if r.Error == "" {
+		if r.Error == "" && r.Status < 400 || r.Seen != nil {
 			return fmt.Errorf("%+v", r)
 		}
 		return nil

@@ -1,0 +1,219 @@
+package kubernetes_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+
+	"castellan.dev/certs-test/kubernetes/apps/control"
+)
+
+// Promise: ALLOW policies written with kubectl are enforced: a pod of the wrong
+// service account is refused, whatever it speaks.
+func TestAllow(t *testing.T) {
+	t.Parallel()
+	from := site(t)
+	const ns = "allow"
+	namespace(t, ns, injected)
+	service(t, ns, "api")
+	callee := one(t, ns, pod{Name: "api", Node: "node-2"})
+	everyProtocol(t, from.other, "api."+ns, "")
+	apply(t, `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: web-only, namespace: allow}
+spec:
+  selector: {matchLabels: {app: api}}
+  rules:
+  - from: [{source: {principals: ["cluster.local/ns/callers/sa/web"]}}]
+`)
+	from.other.answers(t, 403, "http://api."+ns+"/")
+	from.other.answers(t, 403, callee.url(control.HTTP, "/"))
+	for _, c := range []control.Call{
+		{Kind: "grpc", URL: "api." + ns + ":9090"},
+		{Kind: "websocket", URL: "ws://api." + ns + "/ws", Body: "x"},
+		{Kind: "tcp", URL: "api." + ns + ":9000", Body: "x"},
+		{Kind: "greeting", URL: "api." + ns + ":9001", Body: "x"},
+		{Kind: "h2c", URL: "http://api." + ns + ":9002/"},
+	} {
+		r := from.other.fails(t, c)
+		if c.Kind == "grpc" && r.Code != "PermissionDenied" {
+			t.Errorf("gRPC is refused with %s", r.Code)
+		}
+	}
+	from.plain.answers(t, 403, callee.url(control.HTTP, "/")) // has no identity at all
+	for _, caller := range []*app{from.web, from.far} {
+		everyProtocol(t, caller, "api."+ns, "")
+	}
+}
+
+// Promise: DENY beats ALLOW, and what a policy says of HTTP is enforced.
+func TestDeny(t *testing.T) {
+	t.Parallel()
+	from := site(t)
+	const ns = "deny"
+	namespace(t, ns, injected)
+	service(t, ns, "api")
+	one(t, ns, pod{Name: "api", Node: "node-1"})
+	url := "http://api." + ns
+	apply(t, `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: all, namespace: deny}
+spec: {rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-admin, namespace: deny}
+spec:
+  selector: {matchLabels: {app: api}}
+  action: DENY
+  rules:
+  - from: [{source: {notPrincipals: ["cluster.local/ns/callers/sa/web"]}}]
+    to: [{operation: {paths: ["/admin*"], ports: ["8080"]}}]
+  - to: [{operation: {methods: ["DELETE"], ports: ["8080"]}}]
+`)
+	from.other.answers(t, 403, url+"/admin/x")
+	from.other.answers(t, 403, url+"//admin/../admin/x")
+	from.web.reaches(t, url+"/admin/x")
+	from.other.reaches(t, url+"/")
+	r, err := from.web.call(control.Call{Kind: "http", URL: url + "/", Method: "DELETE", Fresh: true})
+	if err != nil || r.Status != 403 {
+		t.Errorf("DELETE: %+v, %v", r, err)
+	}
+	// Taken away, it is no longer enforced.
+	if _, err := kubectl("", "delete", "authorizationpolicy", "-n", ns, "no-admin"); err != nil {
+		t.Fatal(err)
+	}
+	from.other.reaches(t, url+"/admin/x")
+}
+
+// tokens signs end-user tokens.
+type tokens struct {
+	t      *testing.T
+	signer jose.Signer
+	// JWKS is its public key, as a policy holds it.
+	JWKS string
+}
+
+func newTokens(t *testing.T) *tokens {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := jose.JSONWebKey{Key: key.Public(), KeyID: "k1", Algorithm: "ES256", Use: "sig"}
+	set, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "k1"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tokens{t: t, signer: signer, JWKS: string(set)}
+}
+
+// bearer is an Authorization header.
+func (k *tokens) bearer(issuer, subject string, expires time.Duration, claims any) string {
+	k.t.Helper()
+	now := time.Now()
+	token, err := jwt.Signed(k.signer).Claims(jwt.Claims{
+		Issuer: issuer, Subject: subject, Audience: jwt.Audience{"shop"},
+		IssuedAt: jwt.NewNumericDate(now.Add(-time.Hour)), Expiry: jwt.NewNumericDate(now.Add(expires)),
+	}).Claims(claims).Serialize()
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return "Bearer " + token
+}
+
+// Promise: end users' tokens, by RequestAuthentication and AuthorizationPolicy.
+func TestJWT(t *testing.T) {
+	t.Parallel()
+	from := site(t)
+	const ns, issuer = "jwt", "https://issuer.example.org"
+	namespace(t, ns, injected)
+	service(t, ns, "api")
+	one(t, ns, pod{Name: "api", Node: "node-2"})
+	keys := newTokens(t)
+	apply(t, fmt.Sprintf(`apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: users, namespace: jwt}
+spec:
+  selector: {matchLabels: {app: api}}
+  jwtRules:
+  - issuer: %q
+    audiences: [shop]
+    jwks: '%s'
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: users, namespace: jwt}
+spec:
+  selector: {matchLabels: {app: api}}
+  rules:
+  - from: [{source: {requestPrincipals: ["%s/*"]}}]
+    to: [{operation: {paths: ["/user"], ports: ["8080"]}}]
+  - from: [{source: {requestPrincipals: ["*"]}}]
+    when: [{key: "request.auth.claims[groups]", values: [admins]}]
+    to: [{operation: {paths: ["/admin"], ports: ["8080"]}}]
+`, issuer, keys.JWKS, issuer))
+	url := "http://api." + ns
+	user := keys.bearer(issuer, "ann", time.Hour, object{})
+	admin := keys.bearer(issuer, "bob", time.Hour, object{"groups": []string{"admins"}})
+	from.web.answers(t, 403, url+"/user")
+	from.web.reaches(t, url+"/user", "Authorization", user)
+	from.web.answers(t, 403, url+"/admin", "Authorization", user)
+	r := from.web.reaches(t, url+"/admin", "Authorization", admin)
+	if got := r.Seen.Header["Authorization"]; len(got) > 0 {
+		t.Error("the token went on to the application")
+	}
+	from.web.answers(t, 401, url+"/user", "Authorization", keys.bearer(issuer, "ann", -time.Minute, object{}))
+	from.web.answers(t, 401, url+"/user", "Authorization", newTokens(t).bearer(issuer, "ann", time.Hour, object{}))
+	from.web.answers(t, 401, url+"/user", "Authorization", "Bearer nonsense")
+	from.web.answers(t, 401, url+"/user", "Authorization", keys.bearer("https://other.example.org", "ann", time.Hour, object{}))
+}
+
+// Promise: what cannot be represented is refused when it is written, with the field's
+// path, the value and what is allowed; what is risky is warned of.
+func TestPoliciesAreValidated(t *testing.T) {
+	t.Parallel()
+	needCluster(t)
+	const ns = "validated"
+	namespace(t, ns, injected)
+	for name, c := range map[string]struct {
+		spec string
+		says []string
+	}{
+		"unknown key":   {`{rules: [{when: [{key: "request.body", values: [x]}]}]}`, []string{"spec.rules[0].when[0].key", "request.body"}},
+		"bad range":     {`{rules: [{from: [{source: {ipBlocks: ["10.0.0.0/99"]}}]}]}`, []string{"spec.rules[0].from[0].source.ipBlocks[0]", "10.0.0.0/99"}},
+		"unknown field": {`{rules: [{from: [{source: {principal: ["x"]}}]}]}`, []string{"principal"}},
+		"bad action":    {`{action: PERMIT, rules: [{}]}`, []string{"action", "PERMIT", "ALLOW"}},
+		"DENY of all":   {`{action: DENY}`, []string{"rules"}},
+	} {
+		text := refused(t, "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: validated}\nspec: "+c.spec+"\n")
+		for _, s := range c.says {
+			if !strings.Contains(text, s) {
+				t.Errorf("%s: the refusal lacks %q: %s", name, s, text)
+			}
+		}
+	}
+	for name, spec := range map[string]string{
+		"ALLOW without rules":           `{}`,
+		"selector that matches nothing": `{selector: {matchLabels: {app: nobody}}, rules: [{}]}`,
+	} {
+		r := apply(t, "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: risky, namespace: validated}\nspec: "+spec+"\n")
+		if !strings.Contains(r.err, "Warning") {
+			t.Errorf("%s: no warning: %s", name, r)
+		}
+	}
+	// The older version of the API is served too.
+	apply(t, "apiVersion: security.istio.io/v1beta1\nkind: AuthorizationPolicy\nmetadata: {name: older, namespace: validated}\nspec: {rules: [{}]}\n")
+}
