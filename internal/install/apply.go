@@ -97,8 +97,8 @@ func (in *Installer) applyCRD(ctx context.Context, crd *unstructured.Unstructure
 
 const (
 	labelEnforce = "pod-security.kubernetes.io/enforce"
-	// privileged is what the agents' pods need: only privileged containers may make
-	// mounts that are seen outside of them.
+	// privileged is the level that the agents' pods need: they run as root and use
+	// the node's own directories.
 	privileged = "privileged"
 
 	labelInjection = "istio-injection"

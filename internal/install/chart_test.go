@@ -76,9 +76,6 @@ func checkContainer(t *testing.T, c corev1.Container) {
 	if s == nil || s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem {
 		t.Fatalf("%s: %+v", c.Name, s)
 	}
-	if c.Name == "castellan-agent" { // the one that mounts
-		return
-	}
 	if s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation || s.Privileged != nil || s.Capabilities == nil ||
 		!slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || len(s.Capabilities.Add) > 0 {
 		t.Errorf("%s: %+v", c.Name, s)

@@ -30,8 +30,11 @@ func (in *Installer) Check(ctx context.Context) []Result {
 		out.unknown("cluster", err)
 		return out
 	}
+	if !in.checkInstallation(ctx, view, &out) {
+		return out // nothing else is there to be looked at
+	}
 	for _, check := range []func(context.Context, *cluster, *results){
-		in.checkInstallation, in.checkServer, in.checkAgents, in.checkDriver, in.checkTaints,
+		in.checkServer, in.checkAgents, in.checkDriver, in.checkTaints,
 		in.checkKeys, in.checkTrust, in.checkVersions, in.checkInjection, in.checkPolicies,
 	} {
 		if ctx.Err() != nil {
@@ -76,26 +79,27 @@ func (v *cluster) of(namespace, app string) []*corev1.Pod {
 	return out
 }
 
-func (in *Installer) checkInstallation(ctx context.Context, v *cluster, out *results) {
+// checkInstallation reports whether there is one.
+func (in *Installer) checkInstallation(ctx context.Context, v *cluster, out *results) bool {
 	const check = "installation"
-	if v.inventory == nil {
-		live, err := in.get(ctx, ref{Kind: "Deployment", Namespace: in.cfg.Namespace, Name: "castellan-server"})
-		switch {
-		case err != nil:
-			out.unknown(check, err)
-		case live == nil:
-			out.fail(check, "castellan install, or name its namespace with -n", "Castellan is not in namespace %s", in.cfg.Namespace)
-		default:
-			out.ok(check, "by %s", orUnknown(live.GetLabels()[labelManagedBy]))
-		}
-		return
+	live, err := in.get(ctx, ref{Kind: "Deployment", Namespace: in.cfg.Namespace, Name: "castellan-server"})
+	switch {
+	case err != nil:
+		out.unknown(check, err)
+		return false
+	case v.inventory == nil && live == nil:
+		out.fail(check, "castellan install; or name its namespace", "Castellan is not in namespace %s", in.cfg.Namespace)
+		return false
+	case v.inventory == nil:
+		out.ok(check, "by %s", orUnknown(live.GetLabels()[labelManagedBy]))
+		return true
 	}
 	var missing []string
 	for _, r := range v.inventory.Objects {
 		o, err := in.get(ctx, r)
 		if err != nil {
 			out.unknown(check, err)
-			return
+			return true
 		}
 		if o == nil {
 			missing = append(missing, r.String())
@@ -103,9 +107,10 @@ func (in *Installer) checkInstallation(ctx context.Context, v *cluster, out *res
 	}
 	if len(missing) > 0 {
 		out.fail(check, "castellan install makes them again (with the values of before: -f)", "missing: %s", some(missing))
-		return
+		return true
 	}
 	out.ok(check, "%s, %s", v.inventory.AppVersion, count(len(v.inventory.Objects), "object"))
+	return true
 }
 
 func orUnknown(s string) string {
@@ -115,8 +120,11 @@ func orUnknown(s string) string {
 	return s
 }
 
+// ServerCheck is the name of the check whether the server is ready.
+const ServerCheck = "server"
+
 func (in *Installer) checkServer(ctx context.Context, _ *cluster, out *results) {
-	in.checkRollout(ctx, "server", ref{Kind: "Deployment", Namespace: in.cfg.Namespace, Name: "castellan-server"}, out)
+	in.checkRollout(ctx, ServerCheck, ref{Kind: "Deployment", Namespace: in.cfg.Namespace, Name: "castellan-server"}, out)
 }
 
 // checkRollout reports whether all pods are ready and of the latest version.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -75,6 +76,10 @@ func (in *Installer) checkPolicies(ctx context.Context, _ *cluster, out *results
 		opts := metav1.ListOptions{Limit: pageSize}
 		for {
 			list, err := in.cfg.Dynamic.Resource(kind).List(ctx, opts)
+			if apierrors.IsNotFound(err) {
+				out.fail(check, "castellan install", "the API server does not know %s", kind.Resource)
+				return
+			}
 			if err != nil {
 				out.unknown(check, err)
 				return

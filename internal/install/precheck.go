@@ -160,7 +160,7 @@ func (in *Installer) preNamespace(ctx context.Context, _ *Rendered, out *results
 	}
 	if has := live.GetLabels()[labelEnforce]; has != "" && has != privileged {
 		out.fail(check, fmt.Sprintf("kubectl label namespace %s --overwrite %s=%s", in.cfg.Namespace, labelEnforce, privileged),
-			"its label %s=%s keeps the agents' pods out, which make mounts on the node", labelEnforce, has)
+			"its label %s=%s keeps the agents' pods out, which use the node's own directories", labelEnforce, has)
 		return
 	}
 	if live.GetDeletionTimestamp() != nil {

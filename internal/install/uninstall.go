@@ -251,5 +251,11 @@ func (in *Installer) purge(ctx context.Context) error {
 		return err
 	}
 	in.progress("removing namespace %s", in.cfg.Namespace)
-	return in.remove(ctx, namespace)
+	if err := in.remove(ctx, namespace); err != nil {
+		return err
+	}
+	return in.until(ctx, "namespace "+in.cfg.Namespace+" to end", func(ctx context.Context) (bool, string, error) {
+		live, err := in.get(ctx, namespace)
+		return live == nil, "", err
+	})
 }

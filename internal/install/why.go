@@ -54,7 +54,7 @@ func podTrouble(pod *corev1.Pod) string {
 	}
 	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 		if last := c.LastTerminationState.Terminated; last != nil && c.RestartCount > 0 {
-			return fmt.Sprintf("%s ended with code %d after %d starts: %s", c.Name, last.ExitCode, c.RestartCount, shorten(last.Message, last.Reason))
+			return fmt.Sprintf("%s ended with code %d after %d starts: %s", c.Name, last.ExitCode, c.RestartCount, shorten(last.Reason, lastLine(last.Message)))
 		}
 		if w := c.State.Waiting; w != nil && w.Reason != "ContainerCreating" && w.Reason != "PodInitializing" {
 			return shorten(w.Reason, w.Message)
@@ -79,6 +79,12 @@ func (in *Installer) lastWarning(ctx context.Context, pod *corev1.Pod) string {
 	}
 	last := slices.MaxFunc(events.Items, func(a, b corev1.Event) int { return a.LastTimestamp.Compare(b.LastTimestamp.Time) })
 	return shorten(last.Reason, last.Message)
+}
+
+// lastLine is where a program says why it ends.
+func lastLine(text string) string {
+	text = strings.TrimSpace(text)
+	return text[strings.LastIndexByte(text, '\n')+1:]
 }
 
 // shorten joins what a pod or the cluster said to one line: others wrote it.
