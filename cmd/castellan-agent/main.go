@@ -75,6 +75,11 @@ func serve(ctx context.Context, cfg config.Agent, stderr io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("admin: %w", err)
 	}
+	if cfg.CSI != nil {
+		if err := confineFiles(cfg, log); err != nil {
+			return err
+		}
+	}
 	admin := telemetry.NewAdmin(listener, registry, log)
 	for name, check := range a.Checks() {
 		admin.AddCheck(name, check)
