@@ -95,9 +95,15 @@ cluster-down: ## stop it and remove all of it
 cluster-load: ## import the image TAR=FILE into its nodes
 	@$(CLUSTER) load $(abspath $(or $(TAR),$(error TAR=FILE is missing)))
 
-cluster-castellan: build images ## load our images into it and install Castellan
-	@$(CLUSTER) load $(CURDIR)/build/images/*.tar
-	@eval "$$($(CLUSTER) env)" && export KUBECONFIG && $(BUILD)/castellan install
+# The tag is the same each time, so the pods are told of what is new in it.
+cluster-castellan: build ## load our images into it and install Castellan, or what has changed of it
+	@$(MAKE) --no-print-directory images PLATFORMS=$(shell go env GOARCH)
+	@$(CLUSTER) load $(addprefix $(CURDIR)/$(BUILD)/images/,castellan-server.tar castellan-agent.tar castellan-proxy.tar)
+	@eval "$$($(CLUSTER) env)" && export KUBECONFIG && \
+	stamp() { sha256sum <$(BUILD)/images/castellan-$$1.tar | cut -c1-12; } && \
+	$(BUILD)/castellan install $(INSTALLFLAGS) \
+	  --set-string "server.podAnnotations.castellan\.dev/build=$$(stamp server)" \
+	  --set-string "agent.podAnnotations.castellan\.dev/build=$$(stamp agent)"
 
 # Tools are built once and kept outside the tree.
 $(GOTESTSUM):
