@@ -132,7 +132,10 @@ func web(ctx context.Context, client *http.Client, call control.Call, r *control
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	r.Status, r.Body = resp.StatusCode, string(body)
+	r.Status, r.Body, r.Header = resp.StatusCode, string(body), map[string]string{}
+	for name, values := range resp.Header {
+		r.Header[name] = values[0]
+	}
 	var seen control.Seen
 	if json.Unmarshal(body, &seen) == nil && seen.Pod != "" {
 		r.Seen, r.Body = &seen, ""

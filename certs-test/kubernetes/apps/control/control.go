@@ -45,6 +45,8 @@ type Result struct {
 	// Code is the gRPC status' name.
 	Code string `json:"code,omitempty"`
 	Body string `json:"body,omitempty"`
+	// Header is the first value of each of the answer's.
+	Header map[string]string `json:"header,omitempty"`
 	// Seen is what the other application got, where it says so.
 	Seen *Seen `json:"seen,omitempty"`
 	// Millis is how long it took.

@@ -1,0 +1,172 @@
+package kubernetes_test
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"castellan.dev/certs-test/kubernetes/apps/control"
+)
+
+// says runs the command and wants an exit code and words of its output.
+func says(t *testing.T, code int, want []string, args ...string) result {
+	t.Helper()
+	r, err := castellan(context.Background(), args...)
+	got := 0
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	if got != code {
+		t.Fatalf("castellan %s: exit code %d, want %d\n%s", strings.Join(args, " "), got, code, r)
+	}
+	for _, w := range want {
+		if !strings.Contains(r.out+r.err, w) {
+			t.Errorf("castellan %s lacks %q:\n%s", strings.Join(args, " "), w, r)
+		}
+	}
+	return r
+}
+
+// Promise: the commands work on a cluster: certificates of pods.
+func TestCommandsAboutCertificates(t *testing.T) {
+	t.Parallel()
+	from := site(t)
+	eventually(t, "the pod is served", func() error {
+		_, err := castellan(context.Background(), "cert", "inspect", "pod/web", "-n", "callers")
+		return err
+	})
+	says(t, 0, []string{from.web.id(), "node-1", "verified"}, "cert", "inspect", "pod/web", "-n", "callers")
+	dir := t.TempDir()
+	says(t, 0, nil, "cert", "fetch", "pod/web", "-n", "callers", "--out", dir)
+	for _, name := range []string{"svid.pem", "bundle.pem"} {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Error(err)
+		}
+		if block, _ := pem.Decode(data); block == nil || block.Type != "CERTIFICATE" || strings.Contains(string(data), "PRIVATE") {
+			t.Errorf("%s: %s", name, data)
+		}
+	}
+	says(t, 1, []string{"no volume"}, "cert", "inspect", "pod/plain", "-n", "outside")
+	says(t, 1, []string{"nothing"}, "cert", "inspect", "pod/nothing", "-n", "callers")
+	// As a plugin of kubectl.
+	plugin := t.TempDir()
+	if err := os.Symlink(path("castellan"), filepath.Join(plugin, "kubectl-castellan")); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(shared.Kubectl(), "castellan", "cert", "inspect", "pod/web", "-n", "callers")
+	cmd.Env = append(os.Environ(), "PATH="+plugin+":"+os.Getenv("PATH"), "KUBECONFIG="+shared.Kubeconfig())
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), from.web.id()) {
+		t.Errorf("kubectl castellan: %v\n%s", err, out)
+	}
+}
+
+// Promise: who may call whom, by the evaluator of the proxies themselves; and what a
+// policy does to a pod.
+func TestCommandsAboutPolicy(t *testing.T) {
+	t.Parallel()
+	from := site(t)
+	const ns = "asked"
+	namespace(t, ns, injected)
+	service(t, ns, "api")
+	one(t, ns, pod{Name: "api", Node: "node-2"})
+	apply(t, `apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: web-only, namespace: asked}
+spec:
+  selector: {matchLabels: {app: api}}
+  rules:
+  - from: [{source: {principals: ["cluster.local/ns/callers/sa/web"]}}]
+    to: [{operation: {methods: [GET], ports: ["8080"]}}]
+`)
+	programmed(t, ns, "web-only")
+	for _, c := range []struct {
+		caller *app
+		method string
+		code   int
+	}{{from.web, "GET", 0}, {from.web, "POST", 1}, {from.other, "GET", 1}} {
+		says(t, c.code, nil, "authz", "can-i", "--from", "callers/"+c.caller.Account, "--to", "api", "-n", ns, "--method", c.method, "--port", "80")
+		// What the command says is what happens.
+		eventually(t, "the proxy says so too", func() error {
+			r, err := c.caller.call(call(c.method, "http://api."+ns+"/"))
+			if err == nil && (r.Status == 200) != (c.code == 0) {
+				err = fmt.Errorf("%+v", r)
+			}
+			return err
+		})
+	}
+	says(t, 0, []string{"web-only"}, "authz", "check", "api", "-n", ns)
+}
+
+// Promise: every proxy, its certificate, and whether it has acknowledged its policy.
+func TestProxyStatus(t *testing.T) {
+	t.Parallel()
+	site(t)
+	eventually(t, "the callers' proxies follow", func() error {
+		r, err := castellan(context.Background(), "proxy", "status", "-o", "json")
+		if r.out == "" {
+			return err
+		}
+		var list struct {
+			Proxies []struct{ Namespace, Pod, Node, State, SPIFFEID, Serial string }
+		}
+		if err := json.Unmarshal([]byte(r.out), &list); err != nil {
+			if err := json.Unmarshal([]byte(r.out), &list.Proxies); err != nil {
+				return fmt.Errorf("%w in %s", err, r.out)
+			}
+		}
+		synced := map[string]bool{}
+		for _, p := range list.Proxies {
+			if p.Namespace == "outside" {
+				t.Fatalf("a pod without a proxy is listed: %+v", p)
+			}
+			synced[p.Namespace+"/"+p.Pod] = p.State == "SYNCED" && p.Serial != ""
+		}
+		for _, name := range []string{"web", "far", "other"} {
+			if !synced["callers/"+name] {
+				return fmt.Errorf("%s is not synced: %s", name, r.out)
+			}
+		}
+		return nil
+	})
+}
+
+// Promise: castellan check passes after installing; check --pre refuses where Istio's
+// injector selects the same pods, and says what to do.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	needCluster(t)
+	eventually(t, "castellan check passes", func() error {
+		_, err := castellan(context.Background(), "check")
+		return err
+	})
+	apply(t, `apiVersion: admissionregistration.k8s.io/v1
+kind: MutatingWebhookConfiguration
+metadata: {name: istio-sidecar-injector, labels: {app: sidecar-injector, istio.io/rev: default}}
+webhooks:
+- name: namespace.sidecar-injector.istio.io
+  admissionReviewVersions: [v1]
+  sideEffects: None
+  failurePolicy: Ignore
+  # Nothing in this cluster answers, and no pod is to wait for that.
+  timeoutSeconds: 1
+  clientConfig: {service: {name: istiod, namespace: istio-system, path: /inject}}
+  rules: [{apiGroups: [""], apiVersions: [v1], operations: [CREATE], resources: [pods]}]
+  namespaceSelector: {matchLabels: {istio-injection: enabled}}
+  objectSelector: {matchExpressions: [{key: sidecar.istio.io/inject, operator: NotIn, values: ["false"]}]}
+`)
+	says(t, 1, []string{"istio-sidecar-injector"}, append([]string{"check", "--pre"}, settings...)...)
+}
+
+func call(method, url string) control.Call {
+	return control.Call{Kind: "http", Method: method, URL: url, Fresh: true}
+}

@@ -1,0 +1,174 @@
+package kubernetes_test
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const serverUser = "system:serviceaccount:castellan-system:castellan-server"
+
+// Promise: the agents' account may do what any account may and nothing more.
+func TestAgentsMayNothing(t *testing.T) {
+	t.Parallel()
+	needCluster(t)
+	const ns = "castellan-system"
+	if err := account(ns, "bound-to-nothing"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = api.remove("/api/v1/namespaces/" + ns + "/serviceaccounts/bound-to-nothing") })
+	rules := func(account, namespace string) string {
+		token := podToken(t, ns, account, "", "", "https://kubernetes.default.svc.cluster.local")
+		var answer struct{ Status json.RawMessage }
+		err := api.as(token).post("/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", object{
+			"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": object{"namespace": namespace}}, &answer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(answer.Status)
+	}
+	for _, namespace := range []string{ns, "default", "kube-system"} {
+		if got, want := rules("castellan-agent", namespace), rules("bound-to-nothing", namespace); got != want {
+			t.Errorf("in %s the agent may %s\nan unbound account %s", namespace, got, want)
+		}
+	}
+}
+
+// permission is a verb on a resource, or on a URL.
+type permission struct{ verb, group, resource, name string }
+
+func (p permission) String() string {
+	return strings.TrimSpace(fmt.Sprintf("%s %s.%s %s", p.verb, p.resource, p.group, p.name))
+}
+
+// granted are the server's permissions, one by one.
+func granted(t *testing.T) []permission {
+	t.Helper()
+	type role struct {
+		Rules []struct {
+			APIGroups, Resources, ResourceNames, Verbs, NonResourceURLs []string
+		}
+	}
+	var all []permission
+	for _, url := range []string{
+		"/apis/rbac.authorization.k8s.io/v1/clusterroles/castellan-server",
+		"/apis/rbac.authorization.k8s.io/v1/namespaces/castellan-system/roles/castellan-server",
+	} {
+		var r role
+		if err := api.get(url, &r); err != nil {
+			t.Fatal(err)
+		}
+		for _, rule := range r.Rules {
+			names := rule.ResourceNames
+			if len(names) == 0 {
+				names = []string{""}
+			}
+			for _, verb := range rule.Verbs {
+				for _, u := range rule.NonResourceURLs {
+					all = append(all, permission{verb: verb, resource: u})
+				}
+				for _, g := range rule.APIGroups {
+					for _, res := range rule.Resources {
+						for _, n := range names {
+							all = append(all, permission{verb, g, res, n})
+						}
+					}
+				}
+			}
+		}
+	}
+	return all
+}
+
+// auditEvent is one request of a pod to the API server.
+type auditEvent struct {
+	Verb, RequestURI string
+	User             struct{ Username string }
+	ObjectRef        struct{ APIGroup, Resource, Subresource, Name, Namespace string }
+	ResponseStatus   struct {
+		Code    int
+		Message string
+	}
+	Annotations map[string]string
+}
+
+func (e *auditEvent) permission() permission {
+	if e.ObjectRef.Resource == "" {
+		return permission{verb: e.Verb, resource: e.RequestURI}
+	}
+	resource := e.ObjectRef.Resource
+	if e.ObjectRef.Subresource != "" {
+		resource += "/" + e.ObjectRef.Subresource
+	}
+	return permission{e.Verb, e.ObjectRef.APIGroup, resource, e.ObjectRef.Name}
+}
+
+// audit reads the cluster's audit log, the earlier files of it included.
+func audit(t *testing.T, visit func(*auditEvent)) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(shared.Logs(), "audit*.log"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no audit log: %v", err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(bytes.NewReader(data))
+		lines.Buffer(nil, 1<<20)
+		for lines.Scan() {
+			var e auditEvent
+			if json.Unmarshal(lines.Bytes(), &e) == nil { // the last line may be half written
+				visit(&e)
+			}
+		}
+	}
+}
+
+// Promise: the server works with exactly the permissions of the table: nothing that it
+// asks is refused, and nothing that it may is never asked. It comes last, when all has
+// been done that the server does.
+func TestDisruptZPermissions(t *testing.T) {
+	needCluster(t)
+	used := map[permission]bool{}
+	forbidden := map[permission]string{}
+	audit(t, func(e *auditEvent) {
+		switch e.User.Username {
+		case serverUser:
+			p := e.permission()
+			if e.ResponseStatus.Code == 403 {
+				forbidden[p] = e.ResponseStatus.Message
+			}
+			used[p] = true
+			p.name = ""
+			used[p] = true
+		case "system:serviceaccount:castellan-system:castellan-agent":
+			t.Errorf("an agent asked the API server: %s", e.permission())
+		}
+	})
+	for p, why := range forbidden {
+		t.Errorf("forbidden: %s: %s", p, why)
+	}
+	var unused []permission
+	for _, p := range granted(t) {
+		if !used[p] {
+			unused = append(unused, p)
+		}
+	}
+	slices.SortFunc(unused, func(a, b permission) int { return cmp.Compare(a.String(), b.String()) })
+	for _, p := range unused {
+		t.Errorf("granted, and never used: %s", p)
+	}
+	if t.Failed() {
+		t.Logf("used: %v", slices.SortedFunc(maps.Keys(used), func(a, b permission) int { return cmp.Compare(a.String(), b.String()) }))
+	}
+}
