@@ -1,6 +1,9 @@
 package kube_test
 
 import (
+	"context"
+	"encoding/json"
+	"errors"
 	"strconv"
 	"sync"
 	"testing"
@@ -15,6 +18,7 @@ import (
 	k8stesting "k8s.io/client-go/testing"
 
 	"castellan.dev/internal/kube"
+	"castellan.dev/internal/run"
 )
 
 const namespace = "castellan-system"
@@ -113,6 +117,9 @@ func (c *fakeCluster) react(action k8stesting.Action) (bool, runtime.Object, err
 		m.SetUID(have.GetUID())
 		m.SetResourceVersion(strconv.Itoa(c.version))
 	}
+	if patch, ok := action.(k8stesting.PatchAction); ok && patch.GetSubresource() == "" {
+		return c.patch(patch)
+	}
 	if create, ok := action.(k8stesting.CreateAction); ok && verb == "create" && action.GetSubresource() == "" {
 		if m, err := meta.Accessor(create.GetObject()); err == nil {
 			c.version++
@@ -126,6 +133,73 @@ func (c *fakeCluster) react(action k8stesting.Action) (bool, runtime.Object, err
 // named is the metadata of an object of the server's namespace.
 func named(name string) metav1.ObjectMeta {
 	return metav1.ObjectMeta{Namespace: namespace, Name: name}
+}
+
+// patch does what the fake leaves out: a patch that names another resource version is
+// in conflict, and one that is not makes a new version.
+func (c *fakeCluster) patch(action k8stesting.PatchAction) (bool, runtime.Object, error) {
+	current, err := c.Tracker().Get(action.GetResource(), action.GetNamespace(), action.GetName())
+	if err != nil {
+		return true, nil, err
+	}
+	m, err := meta.Accessor(current)
+	if err != nil {
+		return true, nil, err
+	}
+	want := m.GetResourceVersion()
+	switch action.GetPatchType() {
+	case types.JSONPatchType:
+		var ops []struct {
+			Path  string
+			Value any
+		}
+		err = json.Unmarshal(action.GetPatch(), &ops)
+		for _, o := range ops {
+			if o.Path == "/metadata/resourceVersion" {
+				want, _ = o.Value.(string)
+			}
+		}
+	default:
+		var p struct {
+			Metadata struct{ ResourceVersion string }
+		}
+		if err = json.Unmarshal(action.GetPatch(), &p); err == nil && p.Metadata.ResourceVersion != "" {
+			want = p.Metadata.ResourceVersion
+		}
+	}
+	if err != nil {
+		return true, nil, err
+	}
+	if want != m.GetResourceVersion() {
+		return true, nil, apierrors.NewConflict(action.GetResource().GroupResource(), action.GetName(), nil)
+	}
+	_, patched, err := k8stesting.ObjectReaction(c.Tracker())(action)
+	if err != nil {
+		return true, nil, err
+	}
+	if m, err = meta.Accessor(patched); err != nil {
+		return true, nil, err
+	}
+	c.version++
+	m.SetResourceVersion(strconv.Itoa(c.version))
+	return true, patched, c.Tracker().Update(action.GetResource(), patched, action.GetNamespace())
+}
+
+// startPart runs a part until the returned function is called, which returns what it ended with.
+func startPart(t *testing.T, part run.Part) (stop func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- part(ctx) }()
+	stop = sync.OnceValue(func() error {
+		cancel()
+		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
+			return err
+		}
+		return nil
+	})
+	t.Cleanup(func() { _ = stop() })
+	return stop
 }
 
 func emptySecret() *corev1.Secret {
