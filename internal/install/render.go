@@ -82,7 +82,7 @@ func Render(opts Options) (*Rendered, error) {
 	}
 	version, err := common.ParseKubeVersion(opts.KubeVersion)
 	if err != nil {
-		return nil, fmt.Errorf("the cluster's version %q: %w", opts.KubeVersion, err)
+		return nil, &ValuesError{fmt.Errorf("version %q of Kubernetes: %w", opts.KubeVersion, err)}
 	}
 	caps.KubeVersion = *version
 	values, err := util.ToRenderValues(chart, opts.Values, common.ReleaseOptions{
