@@ -43,12 +43,15 @@ type servicePort struct {
 	// expected are the service's identities, aliases included.
 	expected  []spiffeid.ID
 	endpoints []*endpoint
-	next      *atomic.Uint32
+	// has4 and has6: some endpoint has an address of that family.
+	has4, has6 bool
+	next       *atomic.Uint32
 }
 
 // endpoint is one place where a service port is served.
 type endpoint struct {
 	address string
+	family  ipFamily
 	// own is the identity the server gives it, as a string.
 	own string
 	// allowed are the identities accepted there: the endpoint's own, in every
@@ -116,7 +119,7 @@ func (s *service) resolve(trust *tlsconf.Trust) *service {
 				allowed[e.own] = ids
 			}
 			port.endpoints = append(port.endpoints, &endpoint{
-				address: e.address, own: e.own, allowed: ids, outside: e.outside, endpointHealth: e.endpointHealth,
+				address: e.address, family: e.family, own: e.own, allowed: ids, outside: e.outside, endpointHealth: e.endpointHealth,
 			})
 		}
 		next.ports = append(next.ports, &port)
@@ -226,7 +229,9 @@ func (p *servicePort) readEndpoints(endpoints []*castellanv1.Endpoint, old *serv
 			own = e.GetSpiffeId()
 			owns[own] = own
 		}
-		p.endpoints = append(p.endpoints, &endpoint{address: address, own: own, outside: e.GetOutsideMesh(), endpointHealth: health})
+		family := familyOf(e.GetAddress())
+		p.has4, p.has6 = p.has4 || family == onlyIPv4, p.has6 || family == onlyIPv6
+		p.endpoints = append(p.endpoints, &endpoint{address: address, family: family, own: own, outside: e.GetOutsideMesh(), endpointHealth: health})
 	}
 }
 
@@ -262,10 +267,45 @@ func host(r *castellanv1.ServiceIdentity) string {
 	return full
 }
 
-// pick chooses an endpoint by turns, passing over those that failed lately, those
-// already tried and, unless plain text may be sent, those outside the mesh; nil
-// when none is left.
-func (p *servicePort) pick(now time.Time, tried []*endpoint, plain bool) *endpoint {
+// ipFamily is that of an address.
+type ipFamily uint8
+
+const (
+	anyFamily ipFamily = iota // also that of names
+	onlyIPv4
+	onlyIPv6
+)
+
+func familyOf(address string) ipFamily {
+	switch addr, err := netip.ParseAddr(address); {
+	case err != nil:
+		return anyFamily
+	case addr.Unmap().Is4():
+		return onlyIPv4
+	}
+	return onlyIPv6
+}
+
+// wanted says which endpoints will do.
+type wanted struct {
+	// plain: those outside the mesh too.
+	plain bool
+	// family is that of the address the application chose: what listens on one may
+	// not listen on the other. Where a port has none of the family, all will do.
+	family ipFamily
+}
+
+func (w wanted) takes(p *servicePort, e *endpoint) bool {
+	if e.outside && !w.plain {
+		return false
+	}
+	has := w.family == onlyIPv4 && p.has4 || w.family == onlyIPv6 && p.has6
+	return !has || e.family == w.family
+}
+
+// pick chooses an endpoint of those wanted by turns, passing over those that
+// failed lately and those already tried; nil when none is left.
+func (p *servicePort) pick(now time.Time, tried []*endpoint, w wanted) *endpoint {
 	n := uint32(len(p.endpoints))
 	if n == 0 {
 		return nil
@@ -274,7 +314,7 @@ func (p *servicePort) pick(now time.Time, tried []*endpoint, plain bool) *endpoi
 	start := p.next.Add(1)
 	for i := range n {
 		e := p.endpoints[(start+i)%n]
-		if e.outside && !plain || slices.Contains(tried, e) {
+		if !w.takes(p, e) || slices.Contains(tried, e) {
 			continue
 		}
 		if e.failedUntil.Load() <= now.UnixNano() {

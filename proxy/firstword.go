@@ -39,8 +39,11 @@ func (p *Proxy) firstWord(ctx context.Context, client, server *prefixConn) proto
 	// Fails on closed connections only, as reading them will.
 	_ = client.Conn.SetReadDeadline(time.Time{})
 	_ = server.Conn.SetReadDeadline(time.Time{})
-	if !stop() || server.length > 0 {
+	switch {
+	case !stop() || server.length > 0:
 		return speaksTCP
+	case client.mayBeTLS && client.length > 0 && client.prefix[0] == recordHandshake:
+		return speaksTLS
 	}
 	return client.sounds()
 }

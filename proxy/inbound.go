@@ -43,11 +43,13 @@ type accepted struct {
 	sni   string
 	// opaque: TLS of the application's own, which is not looked into.
 	opaque bool
+	// silent: nothing has been said yet, be it in the clear or a ClientHello.
+	silent bool
 }
 
 // secure settles transport as the mode of the port says.
 func (in *inbound) secure(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
-	a, reason, err := in.transport(ctx, conn)
+	a, reason, err := in.transport(ctx, conn, source)
 	if err != nil {
 		in.p.refuse(inboundSide, reason, source, err)
 		conn.Close()
@@ -56,14 +58,14 @@ func (in *inbound) secure(ctx context.Context, conn net.Conn, source netip.AddrP
 	return func() { in.serve(ctx, a, source) }
 }
 
-func (in *inbound) transport(ctx context.Context, conn net.Conn) (*accepted, string, error) {
+func (in *inbound) transport(ctx context.Context, conn net.Conn, source netip.AddrPort) (*accepted, string, error) {
 	st := in.p.store.load()
 	speaks := judge.ProtocolOf(st.declared(in.port))
 	switch st.mode(in.port) {
 	case authz.ModeDisable:
 		return &accepted{conn: conn}, "", nil
 	case authz.ModePermissive:
-		return in.either(ctx, conn, speaks)
+		return in.either(ctx, conn, speaks, source)
 	}
 	slot := in.p.slotted(conn)
 	secured := tls.Server(slot, in.p.strict[speaks])
@@ -79,17 +81,29 @@ func settled(secured *tls.Conn) *accepted {
 }
 
 // either tells TLS of the mesh, TLS of the application and plaintext apart (authz 32).
-func (in *inbound) either(ctx context.Context, conn net.Conn, speaks protocol) (*accepted, string, error) {
+func (in *inbound) either(ctx context.Context, conn net.Conn, speaks protocol, source netip.AddrPort) (*accepted, string, error) {
 	first := &prefixConn{Conn: conn}
-	err := first.fill(func(b []byte) bool { return len(b) > 0 }, in.p.now().Add(in.p.firstByte))
+	began, something := in.p.now(), func(b []byte) bool { return len(b) > 0 }
+	err := first.fill(something, began.Add(min(in.p.firstByte, quiet)))
+	if timedOut(err) {
+		if in.mayServerSpeak(in.subject(first, source, "")) {
+			return &accepted{conn: first, silent: true}, "", first.SetReadDeadline(time.Time{})
+		}
+		err = first.fill(something, began.Add(in.p.firstByte))
+	}
 	switch {
 	case timedOut(err) && speaks == speaksTCP:
-		// In some protocols the server speaks first. Policy judges the peer as
-		// the anonymous one it is.
+		// Policy judges the peer as the anonymous one it is.
 		return &accepted{conn: first}, "", first.SetReadDeadline(time.Time{})
 	case err != nil:
 		return nil, refusedTimeout, err
-	case first.length == 0 || first.prefix[0] != recordHandshake:
+	}
+	return in.eitherTLS(ctx, first, speaks)
+}
+
+// eitherTLS does it where the first byte is there.
+func (in *inbound) eitherTLS(ctx context.Context, first *prefixConn, speaks protocol) (*accepted, string, error) {
+	if first.length == 0 || first.prefix[0] != recordHandshake {
 		return &accepted{conn: first}, "", nil
 	}
 	secured, plain, sni, err := in.p.permissive(ctx, first, speaks)
@@ -102,13 +116,26 @@ func (in *inbound) either(ctx context.Context, conn net.Conn, speaks protocol) (
 	return settled(secured), "", nil
 }
 
+// mayServerSpeak reports whether a peer may be served before it has said anything:
+// the port may carry bytes of any kind, and policy lets the peer have them.
+func (in *inbound) mayServerSpeak(subject authz.Peer) bool {
+	st := in.p.store.load()
+	speaks := judge.ProtocolOf(st.declared(in.port))
+	return (speaks == speaksTCP || speaks == undeclared && !st.wantsHTTP(in.port)) && in.p.authorizeTCP(st, subject).Allowed
+}
+
+// subject is what policy judges of a connection, but for who it is.
+func (in *inbound) subject(conn net.Conn, source netip.AddrPort, sni string) authz.Peer {
+	to := in.address
+	if !to.IsValid() {
+		to = addrPort(conn.LocalAddr()).Addr()
+	}
+	return authz.Peer{SourceIP: source.Addr(), DestinationIP: to, DestinationPort: in.port, SNI: sni}
+}
+
 // serve registers the connection, tells its protocol and hands it on.
 func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort) {
-	l := &live{side: inboundSide, port: in.port, chain: a.chain, opaque: a.opaque}
-	l.subject = authz.Peer{SourceIP: source.Addr(), DestinationIP: in.address, DestinationPort: in.port, SNI: a.sni}
-	if !in.address.IsValid() {
-		l.subject.DestinationIP = addrPort(a.conn.LocalAddr()).Addr()
-	}
+	l := &live{side: inboundSide, port: in.port, chain: a.chain, opaque: a.opaque, subject: in.subject(a.conn, source, a.sni)}
 	if len(a.chain) > 0 {
 		// The handshake judged the peer; this says who it is.
 		peer, err := in.p.verifier.Check(a.chain)
@@ -130,13 +157,34 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 		return
 	}
 	if speaks == speaksTCP {
-		if speaks = in.serveTCP(ctx, a.conn, l, source, unsaid); speaks == speaksTCP {
+		switch speaks = in.serveTCP(ctx, a.conn, l, source, unsaid); speaks {
+		case speaksTCP:
+			return
+		case speaksTLS:
+			in.serveTLS(ctx, a, source)
 			return
 		}
 		l = l.anew()
 	}
 	in.count(speaks, l)
 	in.serveHTTP(ctx, a.conn, l, speaks == speaksHTTP2, source)
+}
+
+// serveTLS goes on with a peer that has said nothing until now, and then hello.
+func (in *inbound) serveTLS(ctx context.Context, a *accepted, source netip.AddrPort) {
+	first, ok := a.conn.(*prefixConn)
+	if !ok {
+		a.conn.Close()
+		return
+	}
+	speaks := judge.ProtocolOf(in.p.store.load().declared(in.port))
+	secured, reason, err := in.eitherTLS(ctx, first, speaks)
+	if err != nil {
+		in.p.refuse(inboundSide, reason, source, err)
+		a.conn.Close()
+		return
+	}
+	in.serve(ctx, secured, source)
 }
 
 func (in *inbound) count(speaks protocol, l *live) {
@@ -161,6 +209,10 @@ func (in *inbound) count(speaks protocol, l *live) {
 func (in *inbound) tell(a *accepted, l *live) (speaks protocol, unsaid bool, err error) {
 	st := in.p.store.load()
 	declared := judge.ProtocolOf(st.declared(in.port))
+	if first, ok := a.conn.(*prefixConn); ok && a.silent {
+		first.mayBeTLS, first.late = true, declared == undeclared
+		return speaksTCP, true, nil
+	}
 	switch {
 	case declared == speaksTCP || a.opaque:
 		return speaksTCP, false, nil
@@ -174,7 +226,7 @@ func (in *inbound) tell(a *accepted, l *live) (speaks protocol, unsaid bool, err
 		declared = speaksHTTP // which waits for the client
 	}
 	wait, mayServe := in.p.firstByte, false
-	if declared == undeclared && in.p.authorizeTCP(st, l.subject).Allowed {
+	if declared == undeclared && in.mayServerSpeak(l.subject) {
 		// The server may speak first. A proxy that says of its client's bytes that they
 		// are no HTTP has waited already.
 		wait, mayServe = min(wait, quiet), true

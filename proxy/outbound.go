@@ -39,6 +39,18 @@ func (out *outbound) resolve(st *state) (target, *engine.StatusError) {
 	return target{}, &engine.StatusError{Status: 502, Reason: failedUnknown}
 }
 
+// wants says which endpoints of the destination will do.
+func (out *outbound) wants(st *state) wanted {
+	w := wanted{plain: st.plainAllowed()}
+	switch addr := out.original.Addr(); {
+	case addr.Is4():
+		w.family = onlyIPv4
+	case addr.Is6():
+		w.family = onlyIPv6
+	}
+	return w
+}
+
 // serve tells what the application speaks and hands the connection on.
 func (out *outbound) serve(ctx context.Context, conn net.Conn, source netip.AddrPort) {
 	p := out.p
@@ -103,7 +115,7 @@ func (out *outbound) serveTCP(ctx context.Context, conn net.Conn, l *live, sourc
 		at, err := out.resolve(p.store.load())
 		var up *upstream
 		if err == nil {
-			up, err = p.dial(dialCtx, at.port, at.endpoint, at.endpoint != nil, wireTCP)
+			up, err = out.dial(dialCtx, at.port, at.endpoint, at.endpoint != nil, wireTCP)
 		}
 		done()
 		if err != nil {

@@ -34,12 +34,13 @@ func (s *outboundSession) Begin(r *engine.Request) engine.Verdict {
 		return s.fail(x, refused.Status, bodyNoDestination, refused.Reason)
 	}
 	x.port, x.endpoint, x.only = at.port, at.endpoint, at.endpoint != nil
+	want := s.out.wants(st)
 	if !x.only {
-		x.endpoint = x.port.pick(p.now(), nil, st.plainAllowed())
+		x.endpoint = x.port.pick(p.now(), nil, want)
 	}
 	switch {
-	case x.endpoint == nil:
-		refused = x.port.noEndpoint()
+	case x.endpoint == nil, x.endpoint.outside && !want.plain:
+		refused = x.port.noEndpoint(x.endpoint)
 		return s.fail(x, refused.Status, bodyNoDestination, refused.Reason)
 	case !x.endpoint.outside && anonymous:
 		return s.fail(x, 503, bodyNoIdentity, failedNoOwn)
@@ -73,7 +74,7 @@ func (s *outboundSession) fail(x *exchange, status int, body, reason string) eng
 // Dial opens a connection to the endpoint chosen, or to another of the service.
 func (s *outboundSession) Dial(ctx context.Context, r *engine.Request) (net.Conn, error) {
 	x, _ := r.Aux.(*exchange)
-	up, err := s.out.p.dial(ctx, x.port, x.endpoint, x.only, s.carries(x, r))
+	up, err := s.out.dial(ctx, x.port, x.endpoint, x.only, s.carries(x, r))
 	if err != nil {
 		return nil, err
 	}

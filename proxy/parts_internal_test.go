@@ -131,7 +131,7 @@ func TestPickPassesOverTheFailed(t *testing.T) {
 	now := time.Now()
 	seen := map[string]int{}
 	for range 30 {
-		seen[port.pick(now, nil, false).address]++
+		seen[port.pick(now, nil, wanted{}).address]++
 	}
 	for a, n := range seen {
 		if n != 10 {
@@ -141,29 +141,29 @@ func TestPickPassesOverTheFailed(t *testing.T) {
 	failed := port.endpoints[0]
 	failed.failed(now)
 	for range 30 {
-		if port.pick(now, nil, false) == failed {
+		if port.pick(now, nil, wanted{}) == failed {
 			t.Fatal("a failed endpoint was picked")
 		}
 	}
 	// An update of the service keeps what is known of its endpoints.
 	again := serviceOf(t, r, serviceOf(t, r, &service{ports: []*servicePort{port}}, trust), trust).port(80)
 	for range 30 {
-		if again.pick(now, nil, false).address == failed.address {
+		if again.pick(now, nil, wanted{}).address == failed.address {
 			t.Fatal("an update forgot the failure")
 		}
 	}
-	if got := port.pick(now, port.endpoints, false); got != nil {
+	if got := port.pick(now, port.endpoints, wanted{}); got != nil {
 		t.Fatalf("%v was picked twice", got.address)
 	}
 	for _, e := range port.endpoints {
 		e.failed(now)
 	}
-	if port.pick(now, nil, false) == nil {
+	if port.pick(now, nil, wanted{}) == nil {
 		t.Fatal("with all failed, none was tried")
 	}
 	picked := false
 	for range 3 {
-		picked = picked || port.pick(now.Add(retryAfter+1), nil, false) == failed
+		picked = picked || port.pick(now.Add(retryAfter+1), nil, wanted{}) == failed
 	}
 	if !picked {
 		t.Fatal("a failure was never forgotten")

@@ -20,6 +20,8 @@ const (
 	speaksHTTP  = judge.HTTP
 	speaksHTTP2 = judge.HTTP2
 	speaksTCP   = judge.TCP
+	// speaksTLS is what a connection turns out to begin with, and no port declares.
+	speaksTLS protocol = 0xff
 )
 
 // preface opens every HTTP/2 connection (RFC 9113 section 3.4).
@@ -38,6 +40,8 @@ type prefixConn struct {
 	// was up. It counts as TCP, on which the server may speak first, and what the
 	// client says then must not turn out to be HTTP.
 	late bool
+	// mayBeTLS: what the client says first may be a ClientHello to us.
+	mayBeTLS bool
 }
 
 // errLate: HTTP on a connection that had been taken for TCP, which nobody has

@@ -82,8 +82,12 @@ func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *acce
 	defer app.Close()
 	if first, ok := conn.(*prefixConn); ok && unsaid {
 		server := &prefixConn{Conn: app}
-		if speaks := p.firstWord(ctx, first, server); speaks != speaksTCP {
-			first.late = false
+		speaks := p.firstWord(ctx, first, server)
+		if speaks == speaksHTTP || speaks == speaksHTTP2 {
+			speaks = in.asHTTP(speaks)
+		}
+		if speaks != speaksTCP {
+			first.late, first.mayBeTLS = false, false
 			return speaks
 		}
 		app = server
@@ -95,6 +99,14 @@ func (in *inbound) carryTCP(ctx context.Context, conn net.Conn, l *live, e *acce
 		p.metrics.refused.WithLabelValues(inboundSide.String(), refusedLate).Inc()
 	}
 	return speaksTCP
+}
+
+// asHTTP: what looks like HTTP is that, but on a port declared to carry bytes.
+func (in *inbound) asHTTP(speaks protocol) protocol {
+	if judge.ProtocolOf(in.p.store.load().declared(in.port)) == speaksTCP {
+		return speaksTCP
+	}
+	return speaks
 }
 
 // closeWith closes both connections when ctx ends; stop is that of context.AfterFunc.

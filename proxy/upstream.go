@@ -91,15 +91,16 @@ func (u *upstream) retire() {
 // endpoint of the port; only has it be first or none. An endpoint that is reached
 // and is not who was expected fails the connection: another that happens to be
 // right must not hide it.
-func (p *Proxy) dial(ctx context.Context, port *servicePort, first *endpoint, only bool, w wire) (*upstream, *engine.StatusError) {
+func (out *outbound) dial(ctx context.Context, port *servicePort, first *endpoint, only bool, w wire) (*upstream, *engine.StatusError) {
+	p := out.p
 	st := p.store.load()
-	plain := st.plainAllowed()
+	want := out.wants(st)
 	var tried []*endpoint
 	e := first
 	if e == nil {
-		e = port.pick(p.now(), nil, plain)
+		e = port.pick(p.now(), nil, want)
 	}
-	failure := port.noEndpoint()
+	failure := port.noEndpoint(nil)
 	for e != nil && len(tried) < maxAttempts {
 		up, err := p.connect(ctx, st, port, e, w)
 		if err == nil {
@@ -114,14 +115,15 @@ func (p *Proxy) dial(ctx context.Context, port *servicePort, first *endpoint, on
 		}
 		e.failed(p.now())
 		tried = append(tried, e)
-		e = port.pick(p.now(), tried, plain)
+		e = port.pick(p.now(), tried, want)
 	}
 	return nil, failure
 }
 
-// noEndpoint says why a port can be reached nowhere.
-func (p *servicePort) noEndpoint() *engine.StatusError {
-	if p.outsideOnly() {
+// noEndpoint says why a port can be reached nowhere, or not at the one endpoint
+// asked for.
+func (p *servicePort) noEndpoint(only *endpoint) *engine.StatusError {
+	if only != nil || p.outsideOnly() {
 		return &engine.StatusError{Status: 502, Reason: failedOutside}
 	}
 	return &engine.StatusError{Status: 503, Reason: failedEmpty}

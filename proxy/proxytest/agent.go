@@ -9,9 +9,11 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -191,9 +193,15 @@ func (a *Agent) Service(name, protocol string, expected []string, endpoints ...[
 		s.Endpoints = append(s.Endpoints, &castellanv1.Endpoint{Address: host, Ports: map[uint32]uint32{80: uint32(n)}, SpiffeId: e[1]})
 	}
 	a.Services[name] = s
-	var all []xds.Resource
-	for name, s := range a.Services {
-		all = append(all, Resource(a.t, "shop/"+name, s))
+	a.SetServices(slices.Collect(maps.Values(a.Services))...)
+}
+
+// SetServices publishes these services and no others.
+func (a *Agent) SetServices(services ...*castellanv1.ServiceIdentity) {
+	a.t.Helper()
+	all := make([]xds.Resource, 0, len(services))
+	for _, s := range services {
+		all = append(all, Resource(a.t, s.GetNamespace()+"/"+s.GetName(), s))
 	}
 	a.Table.Set(ServiceType, xds.NewSnapshot(all...))
 }

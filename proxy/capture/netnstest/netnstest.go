@@ -26,11 +26,14 @@ type NS struct {
 	fd   int
 }
 
+// prefix begins the names of namespaces.
+const prefix = "castellan-test-"
+
 // New makes a namespace in which only loopback is up.
 func New(t testing.TB) *NS {
 	t.Helper()
 	need(t)
-	n := &NS{t: t, name: "castellan-test-" + strings.ToLower(rand.Text()[:12])}
+	n := &NS{t: t, name: prefix + strings.ToLower(rand.Text()[:12])}
 	run(t, "ip", "netns", "add", n.name)
 	var err error
 	if n.fd, err = unix.Open("/run/netns/"+n.name, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
@@ -71,19 +74,45 @@ func (n *NS) IP(args ...string) {
 }
 
 // Join lays a cable from a to b, with an interface eth0 at each end, and gives
-// these the addresses, such as "10.0.0.1/24". Those of IPv6 are usable at once.
+// these the addresses, such as "10.0.0.1/24".
 func Join(a, b *NS, aAddresses, bAddresses []string) {
 	a.t.Helper()
 	a.IP("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", b.name)
 	for n, addresses := range map[*NS][]string{a: aAddresses, b: bAddresses} {
-		for _, addr := range addresses {
-			if strings.Contains(addr, ":") {
-				n.IP("addr", "add", addr, "dev", "eth0", "nodad")
-			} else {
-				n.IP("addr", "add", addr, "dev", "eth0")
-			}
-		}
+		n.address("eth0", addresses)
 		n.IP("link", "set", "eth0", "up")
+	}
+}
+
+// Bridge turns a namespace into a switch with an address of its own, to which
+// others are plugged in.
+func (n *NS) Bridge(addresses ...string) {
+	n.t.Helper()
+	n.IP("link", "add", "br0", "type", "bridge")
+	n.IP("link", "set", "br0", "up")
+	n.address("br0", addresses)
+}
+
+// Plug gives a namespace an interface eth0 with these addresses, and a cable from
+// there to the switch.
+func (n *NS) Plug(into *NS, addresses ...string) {
+	n.t.Helper()
+	port := "p" + strings.TrimPrefix(n.name, prefix)[:10]
+	n.IP("link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", into.name)
+	into.IP("link", "set", port, "master", "br0", "up")
+	n.IP("link", "set", "eth0", "up")
+	n.address("eth0", addresses)
+}
+
+// address gives an interface addresses, usable at once.
+func (n *NS) address(link string, addresses []string) {
+	n.t.Helper()
+	for _, addr := range addresses {
+		if strings.Contains(addr, ":") {
+			n.IP("addr", "add", addr, "dev", link, "nodad")
+		} else {
+			n.IP("addr", "add", addr, "dev", link)
+		}
 	}
 }
 
