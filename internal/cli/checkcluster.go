@@ -77,7 +77,12 @@ func (e *env) checkCluster(ctx context.Context, t *target) ([]checkResult, error
 		return nil, err
 	}
 	results := in.Check(ctx)
-	return append(results, askServer(ctx, client)...), nil
+	for _, r := range results {
+		if r.Check == install.ServerCheck && r.Status == checkOK {
+			return append(results, askServer(ctx, client)...), nil
+		}
+	}
+	return results, nil
 }
 
 // askServer asks the server in its pod for its certificates and for the proxies that
