@@ -202,6 +202,12 @@ func refuses(t *testing.T, what string, err error) {
 // the other node is refused, and so is one without an agent.
 func TestTokensAreWorthTheirOwnPodOnItsNode(t *testing.T) {
 	t.Parallel()
+	verdicts(t)
+}
+
+// verdicts on tokens are the same in both ways of verifying them.
+func verdicts(t *testing.T) {
+	t.Helper()
 	from := site(t)
 	conn := dialServer(t, nil)
 	here := agentOf(t, from.web.Node).token(t)
@@ -235,7 +241,11 @@ func TestTokensAreWorthTheirOwnPodOnItsNode(t *testing.T) {
 func TestDeletedPodsTokenIsRefused(t *testing.T) {
 	t.Parallel()
 	needCluster(t)
-	const ns = "deleted"
+	deletedPod(t, "deleted")
+}
+
+func deletedPod(t *testing.T, ns string) {
+	t.Helper()
 	namespace(t, ns)
 	gone := one(t, ns, pod{Name: "gone", Node: "node-2"})
 	conn := dialServer(t, nil)

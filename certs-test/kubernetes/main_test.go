@@ -11,6 +11,7 @@ package kubernetes_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -68,10 +69,27 @@ func withCluster(tests func() int) (code int, err error) {
 		dump(os.Stderr)
 		return 1, err
 	}
-	if code = tests(); code != 0 {
+	if code = phases(tests); code != 0 {
 		dump(os.Stderr)
 	}
 	return code, nil
+}
+
+// phases runs what may run beside each other, and then the tests that disturb the
+// whole installation (TestDisrupt...), one by one. Go would run those first.
+func phases(tests func() int) (code int) {
+	flag.Parse()
+	pattern, skip := flag.Lookup("test.run").Value, flag.Lookup("test.skip").Value
+	if pattern.String() != "" || skip.String() != "" {
+		return tests()
+	}
+	// Tests wait, most of the time.
+	_ = flag.Set("test.parallel", "12")
+	_ = skip.Set("^TestDisrupt")
+	code = tests()
+	_ = skip.Set("")
+	_ = pattern.Set("^TestDisrupt")
+	return max(code, tests())
 }
 
 // openCluster starts the tests' own cluster, or finds the one that is asked for.

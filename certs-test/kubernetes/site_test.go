@@ -18,7 +18,7 @@ type callers struct {
 }
 
 var (
-	callersOnce  sync.Once
+	callersOnce  = new(sync.Once)
 	callersFound *callers
 )
 
@@ -83,9 +83,12 @@ func ensurePods(t *testing.T, ns string, pods ...pod) {
 	}
 }
 
+// forgotten lets site make the callers again.
+func forgotten() { callersOnce, callersFound = new(sync.Once), nil }
+
 // forgetCallers makes anew what site makes: their proxies are of an older image.
 func forgetCallers() error {
-	for _, ns := range []string{"callers", "outside"} {
+	for _, ns := range []string{"callers", "outside", "steady"} {
 		if err := api.remove("/api/v1/namespaces/" + ns); err != nil && !isStatus(err, http.StatusNotFound) {
 			return err
 		}

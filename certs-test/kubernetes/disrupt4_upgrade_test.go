@@ -1,0 +1,117 @@
+package kubernetes_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+
+	"castellan.dev/certs-test/kubernetes/apps/control"
+)
+
+// changed are the settings after the upgrade: another version, and the other choice
+// wherever there is one.
+var changed = []string{
+	"--set", "image.pullPolicy=Never", "--set", "image.tag=next",
+	"--set", "ca.leafTTL=20s",
+	"--set", "attestation.verification=tokenReview",
+	"--set", "mesh.outboundPolicy=ALLOW_ANY",
+}
+
+// install runs castellan install.
+func install(t *testing.T, settings []string) {
+	t.Helper()
+	if _, err := castellan(context.Background(), append([]string{"install"}, settings...)...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// images are those that Castellan's own pods run.
+func images(t *testing.T) (found []string) {
+	t.Helper()
+	var list struct {
+		Items []struct {
+			Spec struct{ Containers []struct{ Image string } }
+		}
+	}
+	if err := api.get("/api/v1/namespaces/castellan-system/pods", &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range list.Items {
+		for _, c := range p.Spec.Containers {
+			found = append(found, c.Image)
+		}
+	}
+	slices.Sort(found)
+	return slices.Compact(found)
+}
+
+// Promises: the chart is upgraded in place under load, the agents one after the other:
+// no pod restarts, no request fails. After it, with short leaves, certificates rotate
+// under load with no failed request; tokens that are reviewed by the API server get
+// the same verdicts; with ALLOW_ANY proxies pass through what is not in the mesh.
+func TestDisruptUpgrade(t *testing.T) {
+	needCluster(t)
+	from := site(t)
+	ctx := context.Background()
+	if err := loadImages(ctx, "next"); err != nil {
+		t.Fatal(err)
+	}
+	outside := control.Call{Kind: "http", URL: from.plain.url(control.HTTP, "/"), Timeout: 3000}
+	from.web.fails(t, outside)
+	same := untouched(t, "callers", "steady", "outside")
+	disrupted(t, func(l *loads) {
+		install(t, changed)
+		if got := images(t); !slices.Equal(got, []string{"docker.io/castellan/castellan-agent:next", "docker.io/castellan/castellan-server:next"}) {
+			t.Errorf("images are %q", got)
+		}
+		t.Run("rotation of short leaves", func(t *testing.T) { rotates(t, from) })
+		t.Run("tokens are reviewed", func(t *testing.T) {
+			verdicts(t)
+			deletedPod(t, "deleted-reviewed")
+		})
+		t.Run("what is outside the mesh is passed through", func(t *testing.T) {
+			if r := succeeds(t, from.web, outside); len(r.Seen.Header["X-Forwarded-Client-Cert"]) > 0 {
+				t.Errorf("%+v", r.Seen)
+			}
+			succeeds(t, from.web, control.Call{Kind: "tcp", URL: from.plain.addr(control.TCP), Body: "x"})
+		})
+		install(t, settings)
+	})
+	same()
+	if got := images(t); !slices.Equal(got, []string{"docker.io/castellan/castellan-agent:dev", "docker.io/castellan/castellan-server:dev"}) {
+		t.Errorf("images are %q", got)
+	}
+	from.web.fails(t, outside)
+	works(t, "upgraded")
+}
+
+// rotates waits until a go-spiffe program and the proxies have been given certificate
+// after certificate.
+func rotates(t *testing.T, from *callers) {
+	t.Helper()
+	spiffe := steady(t)["spiffe"]
+	start := spiffe.identity(t)
+	seen := map[string]map[string]bool{from.web.Name: {}, from.far.Name: {}}
+	within(t, 3*patience, "certificates rotate", func() error {
+		now := spiffe.identity(t)
+		if left := now.NotAfter.Sub(start.NotAfter); now.Updates < start.Updates+4 {
+			return fmt.Errorf("%d renewals, %s on", now.Updates-start.Updates, left)
+		}
+		return nil
+	})
+	within(t, 3*patience, "the proxies' certificates rotate", func() error {
+		for name, serials := range seen {
+			r, err := castellan(context.Background(), "cert", "fetch", "pod/"+name, "-n", "callers")
+			if err != nil {
+				return err
+			}
+			serials[r.out] = true
+			if len(serials) < 3 {
+				return errors.New("not yet")
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,175 @@
+package kubernetes_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// ours lists what is Castellan's in the cluster, by kind and name.
+func ours(t *testing.T) (found []string) {
+	t.Helper()
+	for _, kind := range []string{
+		"api/v1/namespaces/castellan-system/configmaps", "api/v1/namespaces/castellan-system/secrets",
+		"api/v1/namespaces/castellan-system/services", "api/v1/namespaces/castellan-system/pods",
+		"api/v1/namespaces/castellan-system/persistentvolumeclaims",
+		"apis/apps/v1/deployments", "apis/apps/v1/daemonsets", "apis/policy/v1/poddisruptionbudgets",
+		"apis/coordination.k8s.io/v1/namespaces/castellan-system/leases", "apis/networking.k8s.io/v1/networkpolicies",
+		"apis/rbac.authorization.k8s.io/v1/clusterroles", "apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+		"apis/rbac.authorization.k8s.io/v1/roles", "apis/rbac.authorization.k8s.io/v1/rolebindings",
+		"apis/storage.k8s.io/v1/csidrivers", "apis/scheduling.k8s.io/v1/priorityclasses",
+		"apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations",
+		"apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations",
+		"apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+		"api/v1/namespaces",
+	} {
+		var list struct {
+			Items []struct{ Metadata struct{ Name string } }
+		}
+		if err := api.get("/"+kind, &list); err != nil {
+			t.Fatal(err)
+		}
+		for _, o := range list.Items {
+			name := o.Metadata.Name
+			if strings.Contains(name, "castellan") || strings.Contains(name, "security.istio.io") {
+				found = append(found, kind[strings.LastIndex(kind, "/")+1:]+"/"+name)
+			}
+		}
+	}
+	slices.Sort(found)
+	return found
+}
+
+func untainted(t *testing.T) {
+	t.Helper()
+	for _, node := range shared.Nodes() {
+		if tainted, err := hasTaint(node); tainted || err != nil {
+			t.Errorf("%s is tainted: %t, %v", node, tainted, err)
+		}
+	}
+}
+
+// kept is what an uninstallation leaves: what holds state, and users' policies.
+var kept = []string{
+	"customresourcedefinitions/authorizationpolicies.security.istio.io",
+	"customresourcedefinitions/peerauthentications.security.istio.io",
+	"customresourcedefinitions/requestauthentications.security.istio.io",
+	"namespaces/castellan-system",
+	"persistentvolumeclaims/castellan-ledger",
+	"secrets/castellan-ca",
+}
+
+// Promise: uninstalling leaves nothing but state and policies, disturbs nobody's
+// traffic, and installing again goes on with the same roots; with --purge nothing at
+// all is left, and CRDs that Istio installed are used as they are.
+func TestDisruptUninstall(t *testing.T) {
+	needCluster(t)
+	ctx := context.Background()
+	before, err := roots()
+	if err != nil {
+		t.Fatal(err)
+	}
+	disrupted(t, func(*loads) {
+		if _, err := castellan(ctx, "uninstall"); err != nil {
+			t.Fatal(err)
+		}
+		if got := ours(t); !slices.Equal(got, kept) {
+			t.Errorf("left: %q\nwant: %q", got, kept)
+		}
+		untainted(t)
+		// Pods start, without a proxy, in namespaces that are labelled.
+		namespace(t, "uninstalled", injected)
+		one(t, "uninstalled", pod{Name: "app"})
+		install(t, settings)
+	})
+	after, err := roots()
+	if err != nil || !before.Equal(after) {
+		t.Errorf("the roots are others: %v", err)
+	}
+	works(t, "reinstalled")
+
+	// Pods of the mesh first: the kubelet cannot end one whose driver is gone.
+	removeSite(t)
+	if _, err := castellan(ctx, "uninstall", "--purge"); err != nil {
+		t.Fatal(err)
+	}
+	if got := ours(t); len(got) > 0 {
+		t.Errorf("after --purge: %q", got)
+	}
+	untainted(t)
+
+	istioCRDs(t)
+	install(t, settings)
+	for _, name := range []string{"authorizationpolicies", "peerauthentications", "requestauthentications"} {
+		var crd struct {
+			Metadata struct{ Labels, Annotations map[string]string }
+		}
+		if err := api.get("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/"+name+".security.istio.io", &crd); err != nil {
+			t.Fatal(err)
+		}
+		if crd.Metadata.Labels["app"] != "istio-pilot" || crd.Metadata.Labels["app.kubernetes.io/managed-by"] != "Helm" {
+			t.Errorf("%s is no longer Istio's: %v", name, crd.Metadata.Labels)
+		}
+	}
+	if now, err := roots(); err != nil || before.Equal(now) {
+		t.Errorf("the roots of before, though all was purged: %v", err)
+	}
+	site(t)
+	works(t, "on-istio-crds")
+	if _, err := castellan(ctx, "check"); err != nil {
+		t.Error(err)
+	}
+}
+
+// removeSite removes the pods that tests share, and waits until they are gone.
+func removeSite(t *testing.T) {
+	t.Helper()
+	for _, ns := range []string{"callers", "outside", "steady"} {
+		if err := api.remove("/api/v1/namespaces/" + ns); err != nil && !isStatus(err, 404) {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the shared pods are gone", func() error {
+		for _, ns := range []string{"callers", "outside", "steady"} {
+			if err := api.get("/api/v1/namespaces/"+ns, nil); !isStatus(err, 404) {
+				return fmt.Errorf("%s is still there: %w", ns, err)
+			}
+		}
+		return nil
+	})
+	forgotten()
+}
+
+// istioCRDs installs the CRDs as Istio's base chart has them: with its labels, and
+// managed by Helm.
+func istioCRDs(t *testing.T) {
+	t.Helper()
+	files, err := filepath.Glob("../../deploy/crds/*.yaml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no CRDs: %v", err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := kubectl(string(data), "apply", "--server-side", "--field-manager=helm", "-f", "-"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, args := range [][]string{
+		{"label", "--overwrite", "app=istio-pilot", "chart=istio", "heritage=Tiller", "release=istio", "app.kubernetes.io/managed-by=Helm"},
+		{"annotate", "--overwrite", "helm.sh/resource-policy=keep", "meta.helm.sh/release-name=istio-base", "meta.helm.sh/release-namespace=istio-system"},
+	} {
+		for _, name := range []string{"authorizationpolicies", "peerauthentications", "requestauthentications"} {
+			all := slices.Concat(args[:1], []string{"crd", name + ".security.istio.io"}, args[1:])
+			if _, err := kubectl("", all...); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
