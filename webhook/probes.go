@@ -160,7 +160,7 @@ func restoreProbes(p *corev1.Pod, probes map[string]config.Probe) error {
 			}
 			asked, ok := probes[pr.path]
 			if !ok {
-				return refusef("annotation "+annotationStatus, "", "the probe %s was rewritten by an injector, but what it asked is lost; create the pod from its original", shorten(pr.path))
+				return refusef("container "+shorten(c.Name), "", "the probe %s was rewritten by an injector, but what it asked is lost; create the pod from its original", shorten(pr.path))
 			}
 			pr.spec.ProbeHandler = handlerOf(asked)
 		}

@@ -3,6 +3,7 @@ package webhook
 import (
 	"cmp"
 	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -38,21 +39,35 @@ func proxyDocument(o *options, probes map[string]config.Probe) (string, error) {
 	if err != nil {
 		return "", refusef("spec", "", "the sidecar's configuration cannot be written: %v", err)
 	}
+	document := portable(string(data))
+	if len(document) > maxDocument {
+		return "", refusef("spec", "", "the sidecar's configuration is %d bytes long, at most %d fit: the pod has too many or too long probes", len(document), maxDocument)
+	}
 	// The proxy would refuse it too, but only once the pod runs.
-	check := config.Proxy{}
-	if err := config.Unmarshal(data, &check); err == nil {
+	var check config.Proxy
+	if err = json.Unmarshal([]byte(document), &check); err == nil {
 		err = check.Validate()
 	}
 	if err != nil {
 		return "", refusef("spec", "", "the proxy would refuse its configuration: %v", err)
 	}
-	// The kubelet expands $(NAME) in values; a dollar only stands inside JSON's
-	// strings, where it can be written otherwise.
-	document := strings.ReplaceAll(string(data), "$", `\u0024`)
-	if len(document) > maxDocument {
-		return "", refusef("spec", "", "the sidecar's configuration is %d bytes long, at most %d fit: the pod has too many or too long probes", len(document), maxDocument)
-	}
 	return document, nil
+}
+
+// portable writes characters of JSON's strings otherwise that others on the way to
+// the proxy read as something else: the dollar, as the kubelet expands $(NAME) in
+// values, and what YAML, which the proxy reads, takes for breaks or refuses.
+func portable(document string) string {
+	var b strings.Builder
+	for _, r := range document {
+		switch {
+		case r == '$', 0x7f <= r && r <= 0x9f, r == 0xfeff, r == 0xfffe, r == 0xffff:
+			fmt.Fprintf(&b, `\u%04x`, r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	return b.String()
 }
 
 // addContainers puts the init step and the proxy where they must stand.
@@ -188,7 +203,7 @@ func setString(m *map[string]string, key, value string) {
 func strip(p *corev1.Pod) error {
 	value, ok := p.Annotations[annotationStatus]
 	if !ok {
-		return nil
+		return restoreProbes(p, nil)
 	}
 	var s status
 	if len(value) > maxAnnotation || json.Unmarshal([]byte(value), &s) != nil || s.Injector != injectorName {
