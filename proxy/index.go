@@ -20,12 +20,12 @@ type target struct {
 // update no more than what it touches.
 type index struct {
 	seed   maphash.Seed
-	shards [256]map[netip.AddrPort][]target
+	shards [2048]map[netip.AddrPort][]target
 }
 
 func newIndex() *index { return &index{seed: maphash.MakeSeed()} }
 
-func (x *index) shard(at netip.AddrPort) uint8 { return uint8(maphash.Comparable(x.seed, at)) }
+func (x *index) shard(at netip.AddrPort) uint16 { return uint16(maphash.Comparable(x.seed, at)) % uint16(len(x.shards)) }
 
 // find returns what stands at an address; false for nothing of the mesh. Where
 // several services share an endpoint, the answer is the same each time.
@@ -68,7 +68,7 @@ func (x *index) changed(before, after []*service) *index {
 // indexEdit copies a shard at its first change.
 type indexEdit struct {
 	index  *index
-	copied [256]bool
+	copied [2048]bool
 }
 
 func (e *indexEdit) open(at netip.AddrPort) map[netip.AddrPort][]target {
