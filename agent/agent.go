@@ -132,7 +132,7 @@ func (a *Agent) makeDriver() error {
 	var err error
 	a.driver, err = csi.New(csi.Config{
 		KubeletDir: cfg.KubeletDir, StateDir: cfg.StateDir, Node: a.cfg.Agent.Node, Audience: cfg.Audience,
-		Host: a.mounts, Peers: operators(), Log: a.cfg.Log, Registerer: a.cfg.Registerer, Now: a.cfg.Now,
+		Host: a.mounts, Peers: operators(), Log: a.cfg.Log, Registerer: a.cfg.Registerer,
 	})
 	return err
 }

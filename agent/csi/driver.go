@@ -57,7 +57,6 @@ type Config struct {
 	LockWait   time.Duration
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
-	Now        func() time.Time
 }
 
 // Driver serves the kubelet.
@@ -104,9 +103,6 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.Now == nil {
-		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	d := &Driver{
 		cfg: cfg, rate: rate.NewLimiter(publishPerSecond, publishBurst),
