@@ -25,7 +25,9 @@ type index struct {
 
 func newIndex() *index { return &index{seed: maphash.MakeSeed()} }
 
-func (x *index) shard(at netip.AddrPort) uint16 { return uint16(maphash.Comparable(x.seed, at)) % uint16(len(x.shards)) }
+func (x *index) shard(at netip.AddrPort) uint16 {
+	return uint16(maphash.Comparable(x.seed, at)) % uint16(len(x.shards))
+}
 
 // find returns what stands at an address; false for nothing of the mesh. Where
 // several services share an endpoint, the answer is the same each time.
