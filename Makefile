@@ -41,7 +41,7 @@ TAG       ?= dev
 
 images: ## pack build/images/NAME.tar for this machine and build/images/oci/NAME for PLATFORMS
 	@for arch in $(sort $(PLATFORMS) $(shell go env GOARCH)); do \
-	  GOOS=linux GOARCH=$$arch $(COMPILE) -o $(BUILD)/linux-$$arch/ $(addprefix ./cmd/,$(BINARIES)); \
+	  GOOS=linux GOARCH=$$arch $(COMPILE) -o $(BUILD)/linux-$$arch/ $(addprefix ./cmd/,$(BINARIES)) ./deploy/samples/hello; \
 	done
 	@go run ./deploy/images -release -bin $(BUILD) -tag $(TAG) -platforms "$(PLATFORMS)" -o $(BUILD)/images
 
@@ -98,7 +98,7 @@ cluster-load: ## import the image TAR=FILE into its nodes
 # The tag is the same each time, so the pods are told of what is new in it.
 cluster-castellan: build ## load our images into it and install Castellan, or what has changed of it
 	@$(MAKE) --no-print-directory images PLATFORMS=$(shell go env GOARCH)
-	@$(CLUSTER) load $(addprefix $(CURDIR)/$(BUILD)/images/,castellan-server.tar castellan-agent.tar castellan-proxy.tar)
+	@$(CLUSTER) load $(addprefix $(CURDIR)/$(BUILD)/images/,castellan-server.tar castellan-agent.tar castellan-proxy.tar hello.tar)
 	@eval "$$($(CLUSTER) env)" && export KUBECONFIG && \
 	stamp() { sha256sum <$(BUILD)/images/castellan-$$1.tar | cut -c1-12; } && \
 	$(BUILD)/castellan install $(INSTALLFLAGS) \

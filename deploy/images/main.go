@@ -34,6 +34,8 @@ var releases = []struct{ name, user string }{
 	{"castellan-agent", "0:0"},
 	{"castellan-proxy", "1337:1337"},
 	{"castellan", "65532:65532"},
+	// The application of the walk-through in docs/kubernetes.md.
+	{"hello", "65532:65532"},
 }
 
 // files collects -file SRC=DST.

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"bytes"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+)
+
+func TestCaller(t *testing.T) {
+	r := httptest.NewRequest(http.MethodGet, "/", http.NoBody)
+	if got := caller(r); got != "somebody without a certificate" {
+		t.Error(got)
+	}
+	r.Header.Set("X-Forwarded-Client-Cert", "By=spiffe://a/b;Hash=00;URI=spiffe://cluster.local/ns/shop/sa/frontend")
+	if got := caller(r); got != "spiffe://cluster.local/ns/shop/sa/frontend" {
+		t.Error(got)
+	}
+}
+
+func TestGetTellsRefusals(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/no" {
+			http.Error(w, "denied", http.StatusForbidden)
+		}
+	}))
+	defer server.Close()
+	var out bytes.Buffer
+	err := run(t.Context(), []string{"get", server.URL + "/yes", server.URL + "/no"}, &out)
+	if err == nil || !strings.Contains(err.Error(), "1 of 2") || out.String() != "200 \n403 denied\n" {
+		t.Errorf("%v %q", err, out.String())
+	}
+}
