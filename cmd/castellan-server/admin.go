@@ -7,50 +7,76 @@ import (
 	"net/http"
 	"strings"
 
-	"github.com/prometheus/client_golang/prometheus"
-
+	"castellan.dev/ca/server"
 	"castellan.dev/internal/telemetry"
 )
 
-// openAdmin makes the plain HTTP side: health, metrics, and the public keys of
-// JWT-SVIDs for relying parties (OpenID Connect Discovery 3 and 4).
-func (p *program) openAdmin(context.Context) error {
-	admin := telemetry.NewAdmin(p.listeners.http, p.registry, p.log)
-	admin.AddCheck("ledger", p.ledger.Healthy)
-	admin.AddCheck("authority", p.authority.Ready)
-	admin.AddCheck("discovery", p.discovery.Ready)
-	admin.AddCheck("tokenIssuers", p.issuersReady)
+// openAdmin makes the plain HTTP side: health and metrics, and what openChecks adds
+// once it is there. The server's own liveness hangs on nobody else, the API server
+// least of all: ending would not bring it back.
+func (p *program) openAdmin() {
+	p.admin = telemetry.NewAdmin(p.listeners.http, p.registry, p.log)
+	p.admin.AddCheck("started", p.starting.check)
+	p.admin.Handle("GET /keys", http.HandlerFunc(p.serveKeys))
+	if p.cfg.CA.JWTIssuer != "" {
+		p.admin.Handle("GET /.well-known/openid-configuration", http.HandlerFunc(p.serveDiscovery))
+	}
+}
+
+// serveKeys and serveDiscovery publish the keys of JWT-SVIDs for relying parties
+// (OpenID Connect Discovery 3 and 4).
+func (p *program) serveKeys(w http.ResponseWriter, _ *http.Request) {
+	if !p.starting.done.Load() {
+		http.Error(w, "starting", http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "max-age=60")
+	_, _ = w.Write(p.authority.Bundle().MarshalJWTAuthorities())
+}
+
+func (p *program) serveDiscovery(w http.ResponseWriter, _ *http.Request) {
+	doc, err := oidcDocument(p.cfg.CA.JWTIssuer)
+	if err != nil {
+		http.Error(w, "internal error", http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(doc)
+}
+
+// openChecks adds what the parts say of themselves.
+func (p *program) openChecks(context.Context) error {
+	p.admin.AddCheck("ledger", p.ledger.Healthy)
+	p.admin.AddCheck("authority", p.authority.Ready)
+	p.admin.AddCheck("discovery", p.discovery.Ready)
+	p.admin.AddCheck("tokenIssuers", p.issuersReady)
+	if c := p.cluster; c != nil {
+		c.checks(p.admin)
+		// With the keys in memory the server signs on: see kube.Blobs.
+		p.admin.AddNotice("authorityKeys", c.blobs.Err)
+		return nil
+	}
 	// Its last good version is in force: taking the server away would do more harm.
-	admin.AddNotice("workloadsFile", p.workloads.Err)
-	refused := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "castellan_workloads_file_refused",
-		Help: "1 while the workloads file as it is now is refused and its last good version is in force.",
-	}, func() float64 {
-		if p.workloads.Err() != nil {
-			return 1
-		}
-		return 0
-	})
-	if err := p.registry.Register(refused); err != nil {
+	p.admin.AddNotice("workloadsFile", p.workloads.Err)
+	if err := p.registry.Register(faultGauge("castellan_workloads_file_refused",
+		"1 while the workloads file as it is now is refused and its last good version is in force.", p.workloads.Err)); err != nil {
 		return fmt.Errorf("metrics: %w", err)
 	}
-	admin.Handle("GET /keys", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Cache-Control", "max-age=60")
-		_, _ = w.Write(p.authority.Bundle().MarshalJWTAuthorities())
-	}))
-	if issuer := p.cfg.CA.JWTIssuer; issuer != "" {
-		doc, err := oidcDocument(issuer)
-		if err != nil {
-			return err
-		}
-		admin.Handle("GET /.well-known/openid-configuration", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			_, _ = w.Write(doc)
-		}))
-	}
-	p.parts = append(p.parts, admin.Run)
 	return nil
+}
+
+// problems are what the operator is told of by name.
+func (p *program) problems() []server.Problem {
+	list := []server.Problem{
+		{Name: "ledger", Check: p.ledger.Healthy},
+		{Name: "authority", Check: p.authority.Ready},
+		{Name: "token issuers", Check: p.issuersReady},
+	}
+	if c := p.cluster; c != nil {
+		return append(list, server.Problem{Name: "authority's keys", Check: c.blobs.Err}, server.Problem{Name: "Kubernetes", Check: c.informers.Ready})
+	}
+	return append([]server.Problem{{Name: "workloads file", Check: p.workloads.Err}}, list...)
 }
 
 func oidcDocument(issuer string) ([]byte, error) {

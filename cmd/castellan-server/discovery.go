@@ -13,7 +13,6 @@ import (
 
 func (p *program) openDiscovery(context.Context) (err error) {
 	cfg := discovery.Config{
-		Workloads:   p.workloads,
 		Mesh:        p.cfg.Mesh,
 		TrustDomain: p.trustDomain,
 		Bundle:      p.bundle,
@@ -22,6 +21,11 @@ func (p *program) openDiscovery(context.Context) (err error) {
 		NodeOf:      p.nodeOf,
 		Log:         p.log,
 		Registerer:  p.registry,
+	}
+	if p.cluster != nil {
+		cfg.Workloads, cfg.Source = p.cluster.inventory, p.cluster.source
+	} else {
+		cfg.Workloads = p.workloads
 	}
 	if dir := p.cfg.Discovery.PolicyDir; dir != "" {
 		p.source, err = discovery.NewDirectory(discovery.DirectoryConfig{Path: dir, Mesh: p.cfg.Mesh, Log: p.log})

@@ -53,12 +53,7 @@ func (p *program) openGRPC(context.Context) error {
 	operator := grpc.NewServer(
 		grpc.Creds(server.OperatorCredentials(0, uint32(os.Geteuid()))),
 		grpc.MaxConcurrentStreams(64), grpc.ConnectionTimeout(5*time.Second))
-	server.NewAdmin(p.authority, p.ledger, p.log,
-		server.Problem{Name: "workloads file", Check: p.workloads.Err},
-		server.Problem{Name: "ledger", Check: p.ledger.Healthy},
-		server.Problem{Name: "authority", Check: p.authority.Ready},
-		server.Problem{Name: "token issuers", Check: p.issuersReady},
-	).Register(operator)
+	server.NewAdmin(p.authority, p.ledger, p.log, p.problems()...).Register(operator)
 	castellanv1.RegisterDiscoveryAdminServer(operator, p.discovery)
 	healthv1.RegisterHealthServer(operator, healthy)
 	reflection.Register(operator)

@@ -27,6 +27,7 @@ const (
 // addresses ends before it touches any file.
 type listeners struct {
 	grpc, http, admin net.Listener
+	webhook           net.Listener // nil without one
 }
 
 func listen(cfg *config.Server) (l listeners, err error) {
@@ -42,12 +43,17 @@ func listen(cfg *config.Server) (l listeners, err error) {
 	if l.http, err = listenTCP("http", cfg.HTTP); err != nil {
 		return l, err
 	}
+	if cfg.Webhook != nil {
+		if l.webhook, err = listenTCP("webhook.listen", cfg.Webhook.Listen); err != nil {
+			return l, err
+		}
+	}
 	l.admin, err = listenUnix("adminSocket", cfg.AdminSocket)
 	return l, err
 }
 
 func (l listeners) close() {
-	for _, one := range []net.Listener{l.grpc, l.http, l.admin} {
+	for _, one := range []net.Listener{l.grpc, l.http, l.admin, l.webhook} {
 		if one != nil {
 			one.Close()
 		}

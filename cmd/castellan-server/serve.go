@@ -23,6 +23,7 @@ import (
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
 	"castellan.dev/internal/workloads"
+	"castellan.dev/webhook"
 )
 
 // program is everything the server consists of, in the order it is made.
@@ -34,6 +35,9 @@ type program struct {
 	agents      []identity.Account
 
 	listeners listeners
+	admin     *telemetry.Admin
+	starting  stage
+	cluster   *kubernetes // nil off Kubernetes
 	ledger    *ledger.SQLite
 	authority *ca.Authority
 	workloads *workloads.Watcher
@@ -41,27 +45,75 @@ type program struct {
 	discovery *discovery.Server
 	source    *discovery.Directory
 	issuing   *server.Server
+	webhook   *webhook.Server
 
 	// parts are run together; the first that ends ends all.
 	parts []run.Part
 }
 
-// serve makes every part, then runs them until ctx ends.
+// serve makes every part, then runs them until ctx ends. Health is served from the
+// first: on Kubernetes the rest may have to wait for the API server, alive and not
+// ready.
 func serve(ctx context.Context, cfg *config.Server, stderr io.Writer) (err error) {
 	p := &program{cfg: cfg, log: telemetry.NewLogger(stderr, cfg.Log), registry: telemetry.NewRegistry()}
 	defer func() { err = errors.Join(err, p.close()) }()
+	if err := p.prepare(ctx); err != nil {
+		return err
+	}
+	p.openAdmin()
+	// What the server answers goes on for a moment after it has been told to end.
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	defer context.AfterFunc(ctx, func() {
+		p.starting.ending.Store(true)
+		time.AfterFunc(p.lameDuck(), stop)
+	})()
+	err = run.All(serving, p.admin.Run, func(serving context.Context) error { return p.run(ctx, serving) })
+	p.log.Info("server stopped")
+	return err
+}
+
+// lameDuck is how long the server still answers after readiness has gone: whoever
+// sends requests here must hear of that first. Off Kubernetes nobody asks.
+func (p *program) lameDuck() time.Duration {
+	if p.cluster == nil {
+		return 0
+	}
+	return time.Second
+}
+
+// run opens what serves, in order, and runs it until serving ends; what is led ends
+// with ctx, so that the next leader need not wait.
+func (p *program) run(ctx, serving context.Context) error {
 	for _, step := range []func(context.Context) error{
-		p.prepare, p.openAuthority, p.openAttestation, p.openDiscovery, p.openAdmin, p.openGRPC,
+		p.openCluster, p.openAuthority, p.openAttestation, p.openDiscovery, p.openWebhook, p.openChecks, p.openGRPC, p.openLed,
 	} {
 		if err := step(ctx); err != nil {
 			return err
 		}
 	}
+	parts := append(p.parts, tuneCollector)
+	if c := p.cluster; c != nil {
+		lead := c.lease.Lead(c.led...)
+		parts = append(parts, func(serving context.Context) error { return leading(ctx, serving, lead) })
+	}
+	p.starting.done.Store(true)
 	p.log.Info("server started", "trustDomain", p.trustDomain.Name(),
-		"grpc", p.listeners.grpc.Addr().String(), "http", p.listeners.http.Addr().String(), "adminSocket", cfg.AdminSocket)
-	err = run.All(ctx, append(p.parts, tuneCollector)...)
-	p.log.Info("server stopped")
-	return err
+		"grpc", p.listeners.grpc.Addr().String(), "http", p.listeners.http.Addr().String(), "adminSocket", p.cfg.AdminSocket)
+	return run.All(serving, parts...)
+}
+
+// leading runs a part until either context ends, and then waits for serving's end:
+// that nothing is led any more ends nothing else.
+func leading(ctx, serving context.Context, part run.Part) error {
+	both, cancel := context.WithCancel(serving)
+	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
+	if err := part(both); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	<-serving.Done()
+	return serving.Err()
 }
 
 // prepare reads names and opens the listeners.
@@ -97,7 +149,7 @@ func (p *program) openAuthority(ctx context.Context) (err error) {
 	}
 	c := p.cfg.CA
 	names, ips := p.cfg.ServingHosts()
-	p.authority, err = ca.Open(ctx, ca.Config{
+	cfg := ca.Config{
 		TrustDomain:              p.trustDomain,
 		DataDir:                  p.cfg.DataDir,
 		ChainDir:                 c.ChainDir,
@@ -115,8 +167,14 @@ func (p *program) openAuthority(ctx context.Context) (err error) {
 		Ledger:                   p.ledger,
 		Log:                      p.log,
 		Registerer:               p.registry,
-	})
-	if err != nil {
+	}
+	if p.cluster != nil {
+		cfg.Keys = p.cluster.blobs
+	}
+	if err := p.await(ctx, "the authority's keys", func(ctx context.Context) (err error) {
+		p.authority, err = ca.Open(ctx, cfg)
+		return err
+	}); err != nil {
 		return err
 	}
 	p.parts = append(p.parts, p.authority.Run)
@@ -152,20 +210,26 @@ func (p *program) publishBundle(ctx context.Context) error {
 	}
 }
 
-func (p *program) openAttestation(context.Context) (err error) {
-	a := p.cfg.Attestation
-	if a.WorkloadsFile == "" {
+// fileAttestation has the workloads file answer for pods.
+func (p *program) fileAttestation(cfg *attest.Config) (err error) {
+	file := p.cfg.Attestation.WorkloadsFile
+	if file == "" {
 		return errors.New("attestation.workloadsFile: required; without it no pod is known, so nobody could be attested")
 	}
-	if p.workloads, err = workloads.NewWatcher(a.WorkloadsFile, p.log); err != nil {
+	if p.workloads, err = workloads.NewWatcher(file, p.log); err != nil {
 		return fmt.Errorf("attestation.workloadsFile: %w", err)
 	}
 	p.parts = append(p.parts, p.workloads.Run)
+	cfg.Pods = attest.NewFilePods(p.workloads.Current)
+	return nil
+}
+
+func (p *program) openAttestation(ctx context.Context) (err error) {
+	a := p.cfg.Attestation
 	issuers, runs, err := attest.OpenIssuers(a.Issuers, p.log, nil)
 	if err != nil {
 		return err
 	}
-	p.issuers = issuers
 	for _, r := range runs {
 		p.parts = append(p.parts, r)
 	}
@@ -177,16 +241,25 @@ func (p *program) openAttestation(context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	attestor, err := attest.New(attest.Config{
+	cfg := attest.Config{
 		TrustDomain:         p.trustDomain,
 		Issuers:             issuers,
-		Pods:                attest.NewFilePods(p.workloads.Current),
 		AgentAccounts:       p.agents,
 		DirectCallers:       direct,
 		TrustedNodeAccounts: nodes,
 		ReservedNamespaces:  []string{p.cfg.Mesh.RootNamespace},
 		Log:                 p.log,
-	})
+	}
+	if p.cluster != nil {
+		err = p.attestation(ctx, &cfg)
+	} else {
+		err = p.fileAttestation(&cfg)
+	}
+	if err != nil {
+		return err
+	}
+	p.issuers = cfg.Issuers
+	attestor, err := attest.New(cfg)
 	if err != nil {
 		return err
 	}

@@ -125,6 +125,14 @@ func (b *Blobs) Read(ctx context.Context, name string) ([]byte, error) {
 	return bytes.Clone(data), nil
 }
 
+// Load reads the Secret, so that what is wrong with it shows before anything is
+// made of it.
+func (b *Blobs) Load(ctx context.Context) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.load(ctx)
+}
+
 // load reads the Secret unless it has been read.
 func (b *Blobs) load(ctx context.Context) error {
 	if b.last != nil || ctx.Err() != nil {
