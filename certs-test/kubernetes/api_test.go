@@ -159,7 +159,7 @@ func kubectl(stdin string, args ...string) (result, error) {
 }
 
 // apply applies a user's YAML with kubectl, and removes it when the test ends.
-func apply(t *testing.T, text string) result {
+func apply(t testing.TB, text string) result {
 	t.Helper()
 	r, err := kubectl(text, "apply", "-f", "-")
 	if err != nil {
@@ -174,7 +174,7 @@ func apply(t *testing.T, text string) result {
 }
 
 // refused is kubectl's refusal of a user's YAML.
-func refused(t *testing.T, text string) string {
+func refused(t testing.TB, text string) string {
 	t.Helper()
 	r, err := kubectl(text, "apply", "-f", "-")
 	if err == nil {
@@ -184,7 +184,7 @@ func refused(t *testing.T, text string) string {
 }
 
 // namespace makes a namespace for a test; labels are "name=value".
-func namespace(t *testing.T, name string, labels ...string) {
+func namespace(t testing.TB, name string, labels ...string) {
 	t.Helper()
 	set := object{}
 	for _, l := range labels {

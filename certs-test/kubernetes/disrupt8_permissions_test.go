@@ -90,6 +90,7 @@ func granted(t *testing.T) []permission {
 
 // auditEvent is one request of a pod to the API server.
 type auditEvent struct {
+	Stage            string
 	Verb, RequestURI string
 	User             struct{ Username string }
 	ObjectRef        struct{ APIGroup, Resource, Subresource, Name, Namespace string }
@@ -112,7 +113,7 @@ func (e *auditEvent) permission() permission {
 }
 
 // audit reads the cluster's audit log, the earlier files of it included.
-func audit(t *testing.T, visit func(*auditEvent)) {
+func audit(t testing.TB, visit func(*auditEvent)) {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(shared.Logs(), "audit*.log"))
 	if err != nil || len(files) == 0 {

@@ -41,7 +41,7 @@ func dump(w io.Writer) {
 }
 
 // dumpNamespace logs what explains a failure of one test.
-func dumpNamespace(t *testing.T, ns string) {
+func dumpNamespace(t testing.TB, ns string) {
 	t.Helper()
 	for _, args := range [][]string{
 		{"get", "pods", "-n", ns, "-o", "wide"},

@@ -40,7 +40,7 @@ func roots() (*x509.CertPool, error) {
 
 // dialServer connects to the server's gRPC port from a node, with a client's
 // certificate if there is one.
-func dialServer(t *testing.T, cert *tls.Certificate) *grpc.ClientConn {
+func dialServer(t testing.TB, cert *tls.Certificate) *grpc.ClientConn {
 	t.Helper()
 	pool, err := roots()
 	if err != nil {
@@ -64,7 +64,7 @@ func dialServer(t *testing.T, cert *tls.Certificate) *grpc.ClientConn {
 	return conn
 }
 
-func serviceIP(t *testing.T, ns, name string) string {
+func serviceIP(t testing.TB, ns, name string) string {
 	t.Helper()
 	var s struct{ Spec struct{ ClusterIP string } }
 	if err := api.get("/api/v1/namespaces/"+ns+"/services/"+name, &s); err != nil {
@@ -75,7 +75,7 @@ func serviceIP(t *testing.T, ns, name string) string {
 
 // podToken is a token for a pod, as its kubelet has it: bound to the pod, and by that
 // to its node.
-func podToken(t *testing.T, ns, account, pod, uid, audience string) string {
+func podToken(t testing.TB, ns, account, pod, uid, audience string) string {
 	t.Helper()
 	token, err := requestToken(ns, account, pod, uid, audience)
 	if err != nil {
@@ -95,13 +95,13 @@ func requestToken(ns, account, pod, uid, audience string) (string, error) {
 	return answer.Status.Token, err
 }
 
-func (a *app) token(t *testing.T) string {
+func (a *app) token(t testing.TB) string {
 	t.Helper()
 	return podToken(t, a.Namespace, a.Account, a.Name, a.UID, "castellan.dev")
 }
 
 // agentOf is the agent's pod on a node.
-func agentOf(t *testing.T, node string) *app {
+func agentOf(t testing.TB, node string) *app {
 	t.Helper()
 	for _, p := range agents(t) {
 		if p.Spec.NodeName == node && p.Metadata.DeletionTimestamp == nil {
@@ -112,12 +112,12 @@ func agentOf(t *testing.T, node string) *app {
 	return nil
 }
 
-func agents(t *testing.T) []podStatus {
+func agents(t testing.TB) []podStatus {
 	t.Helper()
 	return listPods(t, "castellan-system", "app%3Dcastellan-agent")
 }
 
-func listPods(t *testing.T, ns, selector string) []podStatus {
+func listPods(t testing.TB, ns, selector string) []podStatus {
 	t.Helper()
 	var list struct{ Items []podStatus }
 	if err := api.get("/api/v1/namespaces/"+ns+"/pods?labelSelector="+selector, &list); err != nil {

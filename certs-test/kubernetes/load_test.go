@@ -180,7 +180,7 @@ spec: {rules: [{from: [{source: {principals: ["cluster.local/ns/callers/sa/web"]
 }
 
 // kill ends a container of a pod as a crash would.
-func kill(t *testing.T, p podStatus) {
+func kill(t testing.TB, p podStatus) {
 	t.Helper()
 	node, err := shared.Node(p.Spec.NodeName)
 	if err != nil {
@@ -200,7 +200,7 @@ func kill(t *testing.T, p podStatus) {
 	})
 }
 
-func task(t *testing.T, node *cluster.Node, args ...string) {
+func task(t testing.TB, node *cluster.Node, args ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()

@@ -72,7 +72,7 @@ func withCluster(tests func() int) (code int, err error) {
 	if code = phases(tests); code != 0 {
 		dump(os.Stderr)
 	}
-	return code, nil
+	return code, writeResults()
 }
 
 // phases runs what may run beside each other, and then the tests that disturb the
@@ -81,7 +81,7 @@ func phases(tests func() int) (code int) {
 	flag.Parse()
 	pattern, skip := flag.Lookup("test.run").Value, flag.Lookup("test.skip").Value
 	if pattern.String() != "" || skip.String() != "" {
-		return tests()
+		return tests() // somebody chose; benchmarks, too, are chosen
 	}
 	// Tests wait, most of the time.
 	_ = flag.Set("test.parallel", "12")
@@ -156,7 +156,7 @@ func installed() bool {
 	return api.get("/apis/apps/v1/namespaces/castellan-system/daemonsets/castellan-agent", nil) == nil
 }
 
-func needCluster(t *testing.T) {
+func needCluster(t testing.TB) {
 	t.Helper()
 	if shared == nil {
 		t.Skip("a cluster needs root")
@@ -164,12 +164,12 @@ func needCluster(t *testing.T) {
 }
 
 // eventually polls until check is content.
-func eventually(t *testing.T, what string, check func() error) {
+func eventually(t testing.TB, what string, check func() error) {
 	t.Helper()
 	within(t, patience, what, check)
 }
 
-func within(t *testing.T, limit time.Duration, what string, check func() error) {
+func within(t testing.TB, limit time.Duration, what string, check func() error) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
 	for {

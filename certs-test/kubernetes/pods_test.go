@@ -110,7 +110,7 @@ func account(ns, name string) error {
 }
 
 // create makes pods without waiting for them.
-func create(t *testing.T, ns string, pods ...pod) {
+func create(t testing.TB, ns string, pods ...pod) {
 	t.Helper()
 	for _, p := range pods {
 		if err := account(ns, p.account()); err != nil {
@@ -129,7 +129,7 @@ func create(t *testing.T, ns string, pods ...pod) {
 }
 
 // deploy makes pods and waits until they are ready.
-func deploy(t *testing.T, ns string, pods ...pod) map[string]*app {
+func deploy(t testing.TB, ns string, pods ...pod) map[string]*app {
 	t.Helper()
 	create(t, ns, pods...)
 	t.Cleanup(func() {
@@ -145,7 +145,7 @@ func deploy(t *testing.T, ns string, pods ...pod) map[string]*app {
 }
 
 // one is deploy for a single pod.
-func one(t *testing.T, ns string, p pod) *app {
+func one(t testing.TB, ns string, p pod) *app {
 	t.Helper()
 	return deploy(t, ns, p)[p.Name]
 }
@@ -199,7 +199,7 @@ func (p *podStatus) app(ns string) *app {
 	return a
 }
 
-func awaitPod(t *testing.T, ns, name string) *app {
+func awaitPod(t testing.TB, ns, name string) *app {
 	t.Helper()
 	var status podStatus
 	eventually(t, ns+"/"+name+" becomes ready", func() error {
@@ -216,7 +216,7 @@ func awaitPod(t *testing.T, ns, name string) *app {
 }
 
 // deletePod deletes a pod and waits until its object is gone.
-func deletePod(t *testing.T, ns, name string) {
+func deletePod(t testing.TB, ns, name string) {
 	t.Helper()
 	url := "/api/v1/namespaces/" + ns + "/pods/" + name
 	if err := api.remove(url); err != nil && !isStatus(err, http.StatusNotFound) {
@@ -294,13 +294,13 @@ func (a *app) get(url string, header ...string) (control.Result, error) {
 }
 
 // reaches asks until the answer is 200, and returns it.
-func (a *app) reaches(t *testing.T, url string, header ...string) control.Result {
+func (a *app) reaches(t testing.TB, url string, header ...string) control.Result {
 	t.Helper()
 	return a.answers(t, http.StatusOK, url, header...)
 }
 
 // answers asks until the answer has the status.
-func (a *app) answers(t *testing.T, want int, url string, header ...string) (r control.Result) {
+func (a *app) answers(t testing.TB, want int, url string, header ...string) (r control.Result) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%s -> %s is %d", a.Name, url, want), func() (err error) {
 		if r, err = a.get(url, header...); err != nil {

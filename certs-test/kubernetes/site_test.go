@@ -23,7 +23,7 @@ var (
 )
 
 // site makes the callers, or finds those of an earlier run in this cluster.
-func site(t *testing.T) *callers {
+func site(t testing.TB) *callers {
 	t.Helper()
 	needCluster(t)
 	callersOnce.Do(func() {
@@ -47,7 +47,7 @@ func site(t *testing.T) *callers {
 	return callersFound
 }
 
-func ensureNamespace(t *testing.T, name string, labels object) {
+func ensureNamespace(t testing.TB, name string, labels object) {
 	t.Helper()
 	eventually(t, "namespace "+name, func() error {
 		err := api.post("/api/v1/namespaces", object{"metadata": object{"name": name, "labels": labels}}, nil)
@@ -65,7 +65,7 @@ func ensureNamespace(t *testing.T, name string, labels object) {
 	})
 }
 
-func ensurePods(t *testing.T, ns string, pods ...pod) {
+func ensurePods(t testing.TB, ns string, pods ...pod) {
 	t.Helper()
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -10,7 +10,7 @@ import (
 )
 
 // identity is what a go-spiffe program in the pod was given.
-func (a *app) identity(t *testing.T) (id control.Identity) {
+func (a *app) identity(t testing.TB) (id control.Identity) {
 	t.Helper()
 	eventually(t, a.Name+" has an identity", func() error { return a.ask("GET", "/identity", nil, &id) })
 	return id

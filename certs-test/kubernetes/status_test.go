@@ -39,7 +39,7 @@ func policyPath(ns, name string) string {
 }
 
 // programmed waits until a policy's present generation is in force at everybody it selects.
-func programmed(t *testing.T, ns, name string) (p policyStatus) {
+func programmed(t testing.TB, ns, name string) (p policyStatus) {
 	t.Helper()
 	eventually(t, ns+"/"+name+" is programmed", func() error {
 		p = policyStatus{}

@@ -28,9 +28,10 @@ const maxAnswer = 1 << 20
 
 // caller makes calls.
 type caller struct {
-	source *source
-	http1  *http.Client
-	h2c    *http.Client
+	started time.Time
+	source  *source
+	http1   *http.Client
+	h2c     *http.Client
 
 	mu    sync.Mutex
 	grpc  map[string]*grpc.ClientConn
@@ -38,9 +39,9 @@ type caller struct {
 	next  int
 }
 
-func newCaller(s *source) *caller {
+func newCaller(started time.Time, s *source) *caller {
 	return &caller{
-		source: s, http1: httpClient(false), h2c: httpClient(true),
+		started: started, source: s, http1: httpClient(false), h2c: httpClient(true),
 		grpc: map[string]*grpc.ClientConn{}, loads: map[string]*load{},
 	}
 }

@@ -54,6 +54,9 @@ func (c *caller) handler() http.Handler {
 		}
 		fmt.Fprint(w, info.Mode())
 	})
+	mux.HandleFunc("GET /started", func(w http.ResponseWriter, _ *http.Request) {
+		_ = json.NewEncoder(w).Encode(control.Started{Started: c.started})
+	})
 	mux.HandleFunc("GET /alive", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "alive") })
 	return mux
 }

@@ -22,6 +22,7 @@ func main() {
 }
 
 func run() error {
+	started := time.Now()
 	pod := os.Getenv("POD_NAME")
 	ended := make(chan error)
 	serve := func(port int, serve func(net.Listener) error) error {
@@ -34,7 +35,7 @@ func run() error {
 	}
 	web := answers(pod)
 	calls := grpcServer(pod)
-	source := openSource()
+	source := openSource(started)
 	err := errors.Join(
 		serve(control.HTTP, server(web, false).Serve),
 		serve(control.Excluded, server(web, false).Serve),
@@ -42,7 +43,7 @@ func run() error {
 		serve(control.GRPC, calls.Serve),
 		serve(control.TCP, func(l net.Listener) error { return echo(l, "") }),
 		serve(control.Greeting, func(l net.Listener) error { return echo(l, control.Greeted) }),
-		serve(control.Control, server(newCaller(source).handler(), false).Serve),
+		serve(control.Control, server(newCaller(started, source).handler(), false).Serve),
 	)
 	if source != nil {
 		err = errors.Join(err, serve(control.SPIFFE, source.serve(web)))

@@ -28,11 +28,11 @@ type source struct {
 }
 
 // openSource is nil where there is no socket.
-func openSource() *source {
+func openSource(started time.Time) *source {
 	if os.Getenv("SPIFFE_ENDPOINT_SOCKET") == "" {
 		return nil
 	}
-	s := &source{started: time.Now(), ready: make(chan struct{})}
+	s := &source{started: started, ready: make(chan struct{})}
 	go func() {
 		x509, err := workloadapi.NewX509Source(context.Background())
 		if err != nil {

@@ -95,3 +95,8 @@ type Identity struct {
 	// Served is the time from the program's start to the first SVID.
 	Served time.Duration `json:"served"`
 }
+
+// Started says when the application began.
+type Started struct {
+	Started time.Time `json:"started"`
+}
