@@ -237,3 +237,66 @@ func TestProxyTakesItsDocument(t *testing.T) {
 		}
 	}
 }
+
+// A pod that an API server (v1.36) has filled in and stored, injected, is what people
+// copy and create anew: nothing of it changes, and so neither does what they see.
+func TestReadBackIsUnchanged(t *testing.T) {
+	data, err := os.ReadFile("testdata/readback.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pod corev1.Pod
+	if err := json.Unmarshal(data, &pod); err != nil {
+		t.Fatal(err)
+	}
+	result, err := newInjector(t, config.Inject{}).Inject(&pod, webhook.Namespace{Name: "shop", Selected: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if patch, err := webhook.Patch(&pod, result.Pod); err != nil || patch != nil {
+		t.Errorf("%s %v", patch, err)
+	}
+}
+
+// A copy of an injected pod that lost its labels, as kubectl debug makes one, is in
+// the mesh again; one whose sidecar was changed gets it anew.
+func TestCopiesAreMended(t *testing.T) {
+	in, ns := newInjector(t, config.Inject{}), webhook.Namespace{Name: "shop", Selected: true}
+	c := injectCases(t)["probes"]
+	first, err := in.Inject(&c.Pod, ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := first.Pod.DeepCopy()
+	pod.Labels = nil
+	proxy := &pod.Spec.InitContainers[1]
+	user := int64(0)
+	proxy.Image, proxy.SecurityContext.RunAsUser, proxy.VolumeMounts = "evil", &user, nil
+	pod.Spec.Containers[0].LivenessProbe = nil
+	again, err := in.Inject(pod, ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := first.Pod.DeepCopy()
+	want.Spec.Containers[0].LivenessProbe = nil
+	if diff := cmp.Diff(want.Labels, again.Pod.Labels); diff != "" {
+		t.Error(diff)
+	}
+	got := again.Pod.Spec.InitContainers[1]
+	if got.Image != want.Spec.InitContainers[1].Image || *got.SecurityContext.RunAsUser != 1337 || len(got.VolumeMounts) != 2 {
+		t.Errorf("%+v", got)
+	}
+	if strings.Contains(got.Env[0].Value, "/app-health/http/livez") {
+		t.Error("a probe that is gone is kept")
+	}
+	// A document that is no more what was written cannot say what the probes were.
+	broken := first.Pod.DeepCopy()
+	broken.Spec.InitContainers[1].Env[0].Value = "{}"
+	if _, err := in.Inject(broken, ns); err == nil || !strings.Contains(err.Error(), "it was changed since it was injected") {
+		t.Errorf("%v", err)
+	}
+	broken.Spec.InitContainers = broken.Spec.InitContainers[2:]
+	if _, err := in.Inject(broken, ns); err == nil || !strings.Contains(err.Error(), "what it asked is lost") {
+		t.Errorf("%v", err)
+	}
+}

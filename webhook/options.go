@@ -114,6 +114,11 @@ func meantForUs(name string) bool {
 
 // finish checks what no single annotation says.
 func (o *options) finish(pod *corev1.Pod) error {
+	for name, limit := range o.resources.Limits {
+		if _, ok := o.resources.Requests[name]; !ok { // as the API server would have it
+			setQuantity(&o.resources.Requests, name, limit)
+		}
+	}
 	if err := checkResources(o.resources); err != nil {
 		return refusef("annotations sidecar.istio.io/proxy{CPU,Memory}[Limit]", "", "%v", err)
 	}
