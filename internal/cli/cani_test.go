@@ -32,6 +32,11 @@ type decided struct {
 	Request string   `json:"request"`
 	Shadow  string   `json:"shadow"`
 	Steps   []string `json:"steps"`
+	// On a cluster.
+	Pods      []string  `json:"pods"`
+	Enforced  string    `json:"enforced"`
+	Warnings  []string  `json:"warnings"`
+	Endpoints []decided `json:"endpoints"`
 }
 
 // users is an issuer of end-user tokens.
@@ -179,8 +184,14 @@ func TestCanI(t *testing.T) {
 		// TCP.
 		"tcp, allowed by port":        {rule(`{to: [{operation: {ports: ["9000"]}}]}`), from("--tcp", "--port", "9000"), 200, "shop/p", "", "tcp port 9000"},
 		"tcp, other port":             {rule(`{to: [{operation: {ports: ["9000"]}}]}`), from("--tcp", "--port", "9001"), 403, "", "", ""},
-		"tcp, ALLOW on HTTP fields":   {rule(`{to: [{operation: {methods: [GET]}}]}`), from("--tcp"), 403, "", "no ALLOW rule matches", ""},
-		"tcp, DENY on HTTP fields":    {deny(`{to: [{operation: {methods: [GET]}}]}`), from("--tcp"), 403, "shop/p", "denied by rule", ""},
+		"tcp, ALLOW on HTTP fields":   {rule(`{to: [{operation: {methods: [GET]}}]}`), from("--tcp"), 403, "", "port 8080 declares no protocol and has rules about HTTP: what is not HTTP is refused there", ""},
+		"tcp, DENY on HTTP fields":    {deny(`{to: [{operation: {methods: [GET]}}]}`), from("--tcp"), 403, "", "what is not HTTP is refused there", ""},
+		"tcp, end-user tokens":        {strings.ReplaceAll(issuer.policy(), "payments}", "orders}"), from("--tcp"), 403, "", "what is not HTTP is refused there", ""},
+		"tcp, HTTP on another port":   {rule(`{to: [{operation: {ports: ["9000"]}}]}, {to: [{operation: {methods: [GET], ports: ["8080"]}}]}`), from("--tcp", "--port", "9000"), 200, "shop/p", "", "tcp port 9000"},
+		"tcp, a rule means bytes":     {rule(`{to: [{operation: {ports: ["9000"]}}]}, {to: [{operation: {methods: [GET]}}]}`), from("--tcp", "--port", "9000"), 200, "shop/p", "", "tcp port 9000"},
+		"no request is GET /":         {rule(`{to: [{operation: {methods: [GET], paths: ["/"]}}]}`), from(), 200, "shop/p", "", "GET /"},
+		"request by flags":            {rule(`{to: [{operation: {methods: [POST], paths: ["/pay"]}}]}`), from("--method", "POST", "--path", "/pay"), 200, "shop/p", "", "POST /pay"},
+		"path by flag":                {rule(`{to: [{operation: {methods: [GET], paths: ["/pay"]}}]}`), from("--path", "/pay"), 200, "shop/p", "", "GET /pay"},
 		"tcp, remote address":         {rule(`{from: [{source: {remoteIpBlocks: ["203.0.113.0/24"]}}]}`), from("--tcp", "--remote-ip", "203.0.113.9"), 200, "shop/p", "", ""},
 		"tcp, anonymous under STRICT": {strict, []string{"--from", "none", "--to", "shop/orders", "--tcp"}, 403, "", "STRICT", "tcp port 8080"},
 		"tcp, SNI":                    {rule(`{when: [{key: connection.sni, values: [db]}]}`), from("--tcp", "--sni", "db"), 200, "shop/p", "", ""},
@@ -303,9 +314,11 @@ func TestCanIInvalid(t *testing.T) {
 		"caller in upper case":  {[]string{"--from", "Shop/frontend", "--to", "shop/orders", "GET", "/"}, `"Shop" is not a namespace`},
 		"caller is no ID":       {[]string{"--from", "spiffe://Cluster/ns/a/sa/b", "--to", "shop/orders", "GET", "/"}, `--from "spiffe://Cluster/ns/a/sa/b"`},
 		"caller is a domain":    {[]string{"--from", "spiffe://cluster.local", "--to", "shop/orders", "GET", "/"}, "names a trust domain, not a workload"},
-		"receiver is a service": {[]string{"--from", "shop/frontend", "--to", "orders", "GET", "/"}, "services are known only with a running mesh (--up)"},
+		"receiver is a service": {[]string{"--from", "shop/frontend", "--to", "orders", "GET", "/"}, "services are known only with a running mesh (--up, or a cluster)"},
 		"method only":           {[]string{"--from", "shop/frontend", "--to", "shop/orders", "GET"}, "give METHOD and /path, as in GET /, or --tcp"},
-		"nothing":               {[]string{"--from", "shop/frontend", "--to", "shop/orders"}, "give METHOD and /path"},
+		"twice":                 {[]string{"--from", "shop/frontend", "--to", "shop/orders", "GET", "/", "--path", "/x"}, "give METHOD and /path, or --method and --path, not both"},
+		"tcp and path":          {[]string{"--from", "shop/frontend", "--to", "shop/orders", "--tcp", "--path", "/x"}, "--tcp takes no method and path"},
+		"empty path":            {[]string{"--from", "shop/frontend", "--to", "shop/orders", "--path", "x"}, `"x" is no path`},
 		"three":                 {[]string{"--from", "shop/frontend", "--to", "shop/orders", "GET", "/", "/"}, "accepts at most 2 arg(s)"},
 		"no slash":              {[]string{"--from", "shop/frontend", "--to", "shop/orders", "GET", "orders"}, `"orders" is no path; it begins with a slash`},
 		"line break":            {[]string{"--from", "shop/frontend", "--to", "shop/orders", "GET", "/a\r\nX-Team: blue"}, "holds a line break"},

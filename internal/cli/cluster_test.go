@@ -38,6 +38,9 @@ type fakeCluster struct {
 	admins map[string]*grpc.Server
 	// asked is every command that was run, with its pod.
 	asked []string
+
+	// pods of the shop.
+	pods []corev1.Pod
 }
 
 const castellanPods = "/api/v1/namespaces/castellan-system/pods"

@@ -3,10 +3,9 @@ package cli
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
-	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,77 +18,33 @@ import (
 	"castellan.dev/proxy/engine"
 )
 
-// answer is the decision as programs read it.
-type answer struct {
-	Allowed bool   `json:"allowed"`
-	Code    int    `json:"code"`
-	Action  string `json:"action,omitempty"`
-	Policy  string `json:"policy"`
-	Rule    int    `json:"rule"`
-	Reason  string `json:"reason"`
-	From    string `json:"from"`
-	To      string `json:"to"`
-	// Request is what was judged, the path normalised.
-	Request string   `json:"request"`
-	Shadow  string   `json:"shadow,omitempty"`
-	Steps   []string `json:"steps,omitempty"`
-}
-
-func (a *answer) step(format string, args ...any) {
-	a.Steps = append(a.Steps, fmt.Sprintf(format, args...))
-}
-
-// refuse is a refusal before policy is asked.
-func (a *answer) refuse(code int, reason string) {
-	a.Allowed, a.Code, a.Reason, a.Rule = false, code, reason, -1
-	a.step("decision: %d: %s", code, reason)
-}
-
-// why is the reason with the policy and rule it comes from.
-func (a *answer) why() string {
-	if a.Policy == "" {
-		return a.Reason
-	}
-	by := a.Action + " " + a.Policy
-	if a.Rule >= 0 {
-		by += fmt.Sprintf(", rule %d", a.Rule)
-	}
-	return a.Reason + " (" + by + ")"
-}
-
-func (a *answer) print(w io.Writer) error {
-	verdict := fmt.Sprintf("denied (%d)", a.Code)
-	if a.Allowed {
-		verdict = "allowed"
-	}
-	if _, err := fmt.Fprintf(w, "%s: %s -> %s %s: %s\n", verdict, a.From, a.To, a.Request, a.why()); err != nil {
-		return err
-	}
-	for _, s := range a.Steps {
-		if _, err := fmt.Fprintf(w, "  %s\n", s); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// decide takes the decision of the receiving proxy.
-func (e *env) decide(ctx context.Context, q *canI, s *setting) (*answer, error) {
-	d := &decision{env: e, ctx: ctx, q: q, s: s, answer: answer{
-		Rule: -1, From: q.from, To: s.workload.Account.String(), Request: q.method + " " + q.target,
+// decide takes the decision of a receiving proxy, and that of the caller's where it
+// is that which refuses.
+func (e *env) decide(ctx context.Context, q *canI, s *scene, r *receiver) (*answer, error) {
+	d := &decision{env: e, ctx: ctx, q: q, s: s, r: r, answer: answer{
+		Rule: -1, From: q.from, To: r.workload.Account.String(), Request: q.method + " " + q.target, Pods: r.pods,
 	}}
-	speaks := judge.ProtocolOf(s.workload.Ports[s.port])
-	if q.tcp {
-		d.Request = fmt.Sprintf("tcp port %d", s.port)
+	if r.workload.Account.IsZero() {
+		d.To = strings.Join(r.pods, ", ")
 	}
-	if _, declared := s.workload.Ports[s.port]; len(s.workload.Ports) > 0 && !declared {
-		d.note("%s declares no port %d; give the workload's port, not the service's", d.To, s.port)
+	speaks := judge.ProtocolOf(r.workload.Ports[r.port])
+	tcp := q.tcp || q.any && speaks == judge.TCP
+	if tcp {
+		d.Request = fmt.Sprintf("tcp port %d", r.port)
+	}
+	d.enforced()
+	if d.outside() || d.unexpected() {
+		return &d.answer, nil
+	}
+	if _, declared := r.workload.Ports[r.port]; len(r.workload.Ports) > 0 && !declared {
+		d.note("%s declares no port %d; give the workload's port, not the service's", d.To, r.port)
 	}
 	for _, f := range s.findings {
 		d.step("%s", f)
 	}
 	var problems []authz.Problem
-	d.snapshot, problems = authz.Compile(authz.Config{Documents: s.docs, Workload: s.workload, Mesh: s.mesh})
+	cfg := authz.Config{Documents: s.docs, Workload: r.workload, Mesh: s.mesh, DenyAll: r.deny}
+	d.snapshot, problems = authz.Compile(cfg)
 	for _, p := range problems {
 		d.step("problem: %s %s/%s: %s: %s", p.Kind, p.Namespace, p.Name, p.Field, p.Reason)
 	}
@@ -99,18 +54,79 @@ func (e *env) decide(ctx context.Context, q *canI, s *setting) (*answer, error) 
 	}
 	var err error
 	switch {
-	case !q.tcp && speaks == judge.TCP:
-		d.note("port %d is declared %s: the proxy reads no requests there and judges the connection", s.port, s.workload.Ports[s.port])
+	case !tcp && speaks == judge.TCP:
+		d.note("port %d is declared %s: the proxy reads no requests there and judges the connection", r.port, r.workload.Ports[r.port])
 		d.tcp()
-	case q.tcp && (speaks == judge.HTTP || speaks == judge.HTTP2):
-		d.note("port %d is declared %s: the proxy reads requests there, and judges each", s.port, s.workload.Ports[s.port])
+	case tcp && (speaks == judge.HTTP || speaks == judge.HTTP2):
+		d.note("port %d is declared %s: the proxy reads requests there, and judges each", r.port, r.workload.Ports[r.port])
 		d.tcp()
-	case q.tcp:
+	case tcp && speaks == judge.Undeclared && judge.PortsWithHTTP(cfg).On(r.port):
+		d.refuse(403, fmt.Sprintf("port %d declares no protocol and has rules about HTTP: what is not HTTP is refused there", r.port))
+	case tcp:
 		d.tcp()
 	default:
 		err = d.http()
 	}
 	return &d.answer, err
+}
+
+// enforced notes whether what is judged here is what is enforced there.
+func (d *decision) enforced() {
+	if !d.s.cluster {
+		return
+	}
+	switch {
+	case d.r.outside:
+	case len(d.r.notes) > 0:
+		d.Enforced = "no"
+		for _, n := range d.r.notes {
+			d.note("%s", n)
+		}
+	case d.r.known:
+		d.Enforced = "yes"
+	default:
+		d.Enforced = "unknown"
+		if d.s.unasked != nil {
+			d.step("whether it is enforced as written could not be asked: %v", d.s.unasked)
+		}
+	}
+}
+
+// outside decides where no proxy stands before the receiver: then only the caller's
+// has a say, if the caller has one.
+func (d *decision) outside() bool {
+	if !d.r.outside {
+		return false
+	}
+	switch {
+	case d.s.caller.IsZero():
+		d.allow("no proxy stands before it, and none before a caller outside the mesh: nothing is enforced")
+	case d.s.mesh.OutboundPolicy == policy.OutboundAllowAny:
+		d.allow("no proxy stands before it: the caller's speaks to it in the clear, and nothing is enforced (outboundPolicy " + policy.OutboundAllowAny + ")")
+	default:
+		d.refuse(http.StatusServiceUnavailable, "it is outside the mesh: the caller's proxy does not speak in the clear (outboundPolicy "+policy.OutboundRegistryOnly+")")
+	}
+	return true
+}
+
+func (d *decision) allow(reason string) {
+	d.Allowed, d.Code, d.Reason = true, http.StatusOK, reason
+	d.step("decision: %s", reason)
+}
+
+// unexpected decides where the caller's proxy refuses who answers for the service
+// (secure naming).
+func (d *decision) unexpected() bool {
+	service := d.r.service
+	if service == nil || service.Accounts == nil || d.s.caller.IsZero() || slices.Contains(service.Accounts, d.r.workload.Account) {
+		return false
+	}
+	w, err := identity.New(d.s.domain, d.r.workload.Account)
+	if err == nil && slices.Contains(service.SubjectAltNames, w.ID().String()) {
+		return false
+	}
+	d.refuse(http.StatusServiceUnavailable, fmt.Sprintf("the caller's proxy refuses it: %s is none of those who may answer for service %s/%s", d.To, service.Namespace, service.Name))
+	return true
 }
 
 // decision is one being taken.
@@ -119,7 +135,8 @@ type decision struct {
 	env      *env
 	ctx      context.Context
 	q        *canI
-	s        *setting
+	s        *scene
+	r        *receiver
 	snapshot *authz.Snapshot
 	peer     authz.Peer
 }
@@ -127,7 +144,7 @@ type decision struct {
 // note is a step that people should see even if they did not ask for steps.
 func (d *decision) note(format string, args ...any) {
 	d.step(format, args...)
-	fmt.Fprintf(d.env.err, "castellan: "+format+"\n", args...)
+	d.Warnings = append(d.Warnings, fmt.Sprintf(format, args...))
 }
 
 func (d *decision) tcp() {
@@ -139,13 +156,13 @@ func (d *decision) tcp() {
 func (d *decision) policies() {
 	n := 0
 	for _, doc := range d.s.docs {
-		if authz.Selects(doc, d.s.workload.Account.Namespace(), d.s.workload.Labels, d.s.mesh) {
+		if authz.Selects(doc, d.r.workload.Account.Namespace(), d.r.workload.Labels, d.s.mesh) {
 			n++
 			d.step("selects %s: %s %s/%s%s", d.To, doc.Kind, doc.Metadata.Namespace, doc.Metadata.Name, actionOf(doc))
 		}
 	}
 	if n == 0 {
-		d.step("no policy selects %s (labels %v)", d.To, d.s.workload.Labels)
+		d.step("no policy selects %s (labels %v)", d.To, d.r.workload.Labels)
 	}
 }
 
@@ -162,11 +179,11 @@ func actionOf(d policy.Document) string {
 // connect settles what the handshake settles: mode and identity. It returns
 // false where there will be no connection.
 func (d *decision) connect() bool {
-	mode := d.snapshot.MTLSMode(d.s.port)
-	d.step("mutual TLS on port %d: %s", d.s.port, mode)
+	mode := d.snapshot.MTLSMode(d.r.port)
+	d.step("mutual TLS on port %d: %s", d.r.port, mode)
 	d.peer = authz.Peer{
-		ID: d.s.caller, SourceIP: d.q.source, DestinationIP: netip.AddrFrom4([4]byte{127, 0, 0, 1}),
-		DestinationPort: d.s.port, SNI: d.q.sni, RemoteIP: d.q.remote,
+		ID: d.s.caller, SourceIP: d.q.source, DestinationIP: d.r.address,
+		DestinationPort: d.r.port, SNI: d.q.sni, RemoteIP: d.q.remote,
 	}
 	switch {
 	case mode == authz.ModeStrict && d.s.caller.IsZero():
@@ -174,7 +191,7 @@ func (d *decision) connect() bool {
 		return false
 	case mode == authz.ModeDisable:
 		if !d.s.caller.IsZero() {
-			d.note("mutual TLS is disabled on port %d: the proxy does not see who calls", d.s.port)
+			d.note("mutual TLS is disabled on port %d: the proxy does not see who calls", d.r.port)
 		}
 		d.peer.ID = spiffeid.ID{}
 	case !d.s.caller.IsZero() && !trusted(d.s, d.s.caller.TrustDomain().Name()):
@@ -184,7 +201,7 @@ func (d *decision) connect() bool {
 	return true
 }
 
-func trusted(s *setting, td string) bool {
+func trusted(s *scene, td string) bool {
 	if td == s.domain.Name() {
 		return true
 	}
@@ -200,7 +217,7 @@ func trusted(s *setting, td string) bool {
 // written as a client would, read by the proxy's engine, and judged from what the
 // engine made of it.
 func (d *decision) http() error {
-	raw, err := d.env.wire(d.q, d.s.host)
+	raw, err := d.env.wire(d.q, d.r.host)
 	if err != nil {
 		return err
 	}
@@ -263,7 +280,7 @@ func (d *decision) forwardedClientCert() []string {
 	if d.peer.ID.IsZero() {
 		return nil
 	}
-	own, err := identity.New(d.s.domain, d.s.workload.Account)
+	own, err := identity.New(d.s.domain, d.r.workload.Account)
 	if err != nil {
 		return nil
 	}
@@ -321,15 +338,17 @@ func (d *decision) authenticator() (*jws.Authenticator, error) {
 	if len(rules) == 0 {
 		return nil, nil
 	}
-	sets := map[string]*jws.KeySet{}
 	return jws.NewAuthenticator(rules, func(source string) *jws.KeySet {
-		keys, ok := sets[source]
+		keys, ok := d.s.keys[source]
 		if !ok {
+			if d.s.keys == nil {
+				d.s.keys = map[string]*jws.KeySet{}
+			}
 			var err error
 			if keys, err = fetchKeys(d.ctx, source, d.s.mesh); err != nil {
 				d.note("keys of %s could not be fetched, its tokens are refused: %v", source, err)
 			}
-			sets[source] = keys
+			d.s.keys[source] = keys
 		}
 		return keys
 	}, jws.AuthenticatorConfig{})

@@ -27,7 +27,7 @@ func (d *decision) explain(ask probe) {
 	n := 0
 	for _, doc := range d.s.docs {
 		a := doc.Authorization
-		if a == nil || !authz.Selects(doc, d.s.workload.Account.Namespace(), d.s.workload.Labels, d.s.mesh) || a.Action == policy.ActionAudit {
+		if a == nil || !authz.Selects(doc, d.r.workload.Account.Namespace(), d.r.workload.Labels, d.s.mesh) || a.Action == policy.ActionAudit {
 			continue
 		}
 		for i, rule := range a.Rules {
@@ -91,7 +91,7 @@ func (d *decision) matches(ask probe, doc policy.Document, rule policy.Rule) boo
 	// A policy that is only tried out is explained as if it were enforced.
 	one.Metadata.Annotations = maps.Clone(doc.Metadata.Annotations)
 	delete(one.Metadata.Annotations, "istio.io/dry-run")
-	snapshot, _ := authz.Compile(authz.Config{Documents: []policy.Document{one}, Workload: d.s.workload, Mesh: d.s.mesh})
+	snapshot, _ := authz.Compile(authz.Config{Documents: []policy.Document{one}, Workload: d.r.workload, Mesh: d.s.mesh})
 	return ask(snapshot).Rule == 0
 }
 

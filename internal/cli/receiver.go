@@ -1,7 +1,9 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -9,87 +11,27 @@ import (
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
-	"castellan.dev/discovery"
 	"castellan.dev/identity"
-	"castellan.dev/internal/up"
 	"castellan.dev/internal/workloads"
 )
 
 // sampleAppPort is the workload port where nothing else is known: that of the sample mesh.
 const sampleAppPort = 8080
 
-// setting is everything but the request that the decision hangs on.
-type setting struct {
-	mesh   policy.Mesh
-	domain spiffeid.TrustDomain
-	docs   []policy.Document
-	// findings are warnings about docs.
-	findings []authz.Finding
-	caller   spiffeid.ID
+// receiver is one workload that --to leads to, or several of which the same is to
+// be said.
+type receiver struct {
+	// pods are their names; none where nobody is known.
+	pods     []string
 	workload authz.Workload
 	port     uint16
 	host     string
-}
-
-// setting reads policies, mesh and receiver.
-func (e *env) setting(q *canI) (*setting, error) {
-	s := &setting{}
-	var known *workloads.File
-	paths, trustDomain := q.files, ""
-	if len(q.files) == 0 || q.upGiven {
-		file, err := up.ReadFile(q.upPath)
-		if err != nil {
-			if len(q.files) == 0 && !q.upGiven {
-				return nil, invalidf("%w; or give policies with -f", err)
-			}
-			return nil, err
-		}
-		data, err := readNamedFile("--up", up.WorkloadsFile(q.upPath))
-		if err != nil {
-			return nil, err
-		}
-		if known, err = workloads.Parse(data); err != nil {
-			return nil, fmt.Errorf("%s: %w", up.WorkloadsFile(q.upPath), err)
-		}
-		trustDomain = file.TrustDomain
-		if len(paths) == 0 {
-			paths = []string{file.PolicyDir}
-		}
-	}
-	var err error
-	if s.mesh, err = loadMesh(q.meshFile, trustDomain); err != nil {
-		return nil, err
-	}
-	if s.domain, err = identity.ParseTrustDomain(s.mesh.TrustDomain); err != nil {
-		return nil, err // loadMesh has checked it
-	}
-	docs, err := e.readPolicies(paths, s.mesh)
-	if err != nil {
-		return nil, err
-	}
-	if err := refusal(docs); err != nil {
-		if perr := e.explainRefusal(docs); perr != nil {
-			return nil, perr
-		}
-		return nil, err
-	}
-	if len(docs) == 0 {
-		fmt.Fprintf(e.err, "castellan: %s: no policy there; the decision is that of a mesh without any\n", strings.Join(paths, ", "))
-	}
-	for _, d := range docs {
-		s.docs = append(s.docs, d.Document)
-		s.findings = append(s.findings, d.Findings...)
-	}
-	if s.caller, err = parseCaller(q.from, s.domain); err != nil {
-		return nil, err
-	}
-	return s, s.receiver(q, known)
-}
-
-// explainRefusal says on stderr which documents are invalid, and why.
-func (e *env) explainRefusal(docs []discovery.FileDocument) error {
-	refused := slices.DeleteFunc(slices.Clone(docs), func(d discovery.FileDocument) bool { return !d.Refused() })
-	return (&env{out: e.err}).printDocuments(refused, "table")
+	address  netip.Addr
+	// service that leads to it, if one does.
+	service *workloads.Service
+	// outside the mesh: no proxy stands before it.
+	outside bool
+	enforcement
 }
 
 // parseCaller reads --from; the zero ID is a caller without a certificate.
@@ -118,58 +60,251 @@ func parseCaller(from string, td spiffeid.TrustDomain) (spiffeid.ID, error) {
 	return w.ID(), nil
 }
 
-// receiver finds who --to is: a declared workload, one behind a service, or, with
-// no mesh to ask, an account by its name.
-func (s *setting) receiver(q *canI, known *workloads.File) error {
+// receivers finds whom --to leads to: those behind a service, those of an account,
+// a pod; or, where nobody is known, an account by its name.
+func (s *scene) receivers(q *canI) ([]receiver, error) {
 	labels, err := parsePairs("--to-labels", splitComma(q.toLabels))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	found, service, err := findReceiver(q.to, known)
+	var found []receiver
+	if s.known == nil {
+		found, err = s.byAccountName(q)
+	} else {
+		found, err = s.lookup(q)
+	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	ports, host := map[uint16]string{}, ""
-	account := identity.Account{}
-	if found != nil {
-		if account, err = identity.NewAccount(found.Namespace, found.ServiceAccount); err != nil {
-			return err
-		}
-		s.workload.Labels = found.Labels
-		host = found.ServiceAccount + "." + found.Namespace
-		if service != nil {
-			host = service.Name + "." + service.Namespace
-		}
-		for _, p := range found.Ports {
-			ports[p.Number] = p.Protocol
-			if s.port == 0 {
-				s.port = p.Number
+	for i := range found {
+		r := &found[i]
+		if r.workload.TrustDomain = s.domain; len(labels) > 0 {
+			r.workload.Labels = map[string]string{}
+			for _, l := range labels {
+				r.workload.Labels[l[0]] = l[1]
 			}
 		}
-	} else {
-		if account, err = identity.ParseAccount(q.to); err != nil {
-			return invalidf("--to: %w; services are known only with a running mesh (--up)", err)
-		}
-		s.workload.Labels = map[string]string{"app": account.Name()}
-		host = account.Name() + "." + account.Namespace()
-		s.port = sampleAppPort
+		r.host = cmp.Or(q.host, r.host)
 	}
-	if len(labels) > 0 {
-		s.workload.Labels = map[string]string{}
-		for _, l := range labels {
-			s.workload.Labels[l[0]] = l[1]
+	return s.merge(found), nil
+}
+
+// byAccountName makes a receiver of what its name says.
+func (s *scene) byAccountName(q *canI) ([]receiver, error) {
+	account, err := identity.ParseAccount(q.to)
+	if err != nil {
+		return nil, invalidf("--to: %w; services are known only with a running mesh (--up, or a cluster)", err)
+	}
+	return []receiver{{
+		workload: authz.Workload{Account: account, Labels: map[string]string{"app": account.Name()}, Ports: map[uint16]string{}},
+		port:     cmp.Or(q.port, sampleAppPort), host: account.Name() + "." + account.Namespace(),
+	}}, nil
+}
+
+// lookup finds --to among what is known: a service, or the pods of an account, or
+// on a cluster a pod.
+func (s *scene) lookup(q *canI) ([]receiver, error) {
+	if ref, ok := parsePodRef(q.to); ok && s.cluster {
+		return s.ofPods(q, func(w *workloads.Workload) bool {
+			return ref.kind == "pod" && w.Namespace == s.namespace && w.PodName == ref.name
+		})
+	}
+	services := s.servicesNamed(q.to)
+	if len(services) > 1 {
+		return nil, invalidf("--to %q is a service in several namespaces; give NAMESPACE/SERVICE", q.to)
+	}
+	if len(services) == 1 {
+		found, err := s.behind(q, services[0])
+		if err != nil || len(found) > 0 {
+			return found, err
 		}
 	}
-	// Policy speaks of the workload's ports; where there is one, a service's port leads to it.
+	found, err := s.ofPods(q, func(w *workloads.Workload) bool { return q.to == w.Namespace+"/"+w.ServiceAccount })
+	if err != nil && len(services) == 1 {
+		return nil, invalidf("--to %q is a service without workloads", q.to)
+	}
+	return found, err
+}
+
+func (s *scene) servicesNamed(to string) []*workloads.Service {
+	var out []*workloads.Service
+	for i, svc := range s.known.Services {
+		inReach := s.namespace == "" || svc.Namespace == s.namespace
+		if to == svc.Namespace+"/"+svc.Name || inReach && to == svc.Name || slices.Contains(svc.Hosts, to) {
+			out = append(out, &s.known.Services[i])
+		}
+	}
+	return out
+}
+
+// ofPods makes receivers of the workloads that are meant.
+func (s *scene) ofPods(q *canI, meant func(*workloads.Workload) bool) ([]receiver, error) {
+	var out []receiver
+	for i := range s.known.Workloads {
+		w := &s.known.Workloads[i]
+		if !meant(w) {
+			continue
+		}
+		r, err := s.receiver(w)
+		if err != nil {
+			return nil, err
+		}
+		r.host = w.ServiceAccount + "." + w.Namespace
+		r.port = q.port
+		if q.port == 0 && len(w.Ports) > 0 {
+			r.port = w.Ports[0].Number
+		}
+		if r.port == 0 {
+			return nil, invalidf("%s declares no port; give one with --port", q.to)
+		}
+		out = append(out, r)
+	}
+	if len(out) == 0 {
+		return nil, invalidf("--to %q is neither a workload nor a service of this mesh", q.to)
+	}
+	if !s.cluster {
+		return out[:1], nil
+	}
+	return out, nil
+}
+
+// behind makes receivers of a service's endpoints.
+func (s *scene) behind(q *canI, service *workloads.Service) ([]receiver, error) {
+	pods := make(map[string]*workloads.Workload, len(s.known.Workloads))
+	for i := range s.known.Workloads {
+		pods[s.known.Workloads[i].PodUID] = &s.known.Workloads[i]
+	}
+	var out []receiver
+	for _, e := range service.Endpoints {
+		r := receiver{outside: e.OutsideMesh, pods: []string{e.Address}}
+		if w := pods[e.Workload]; w != nil {
+			var err error
+			if r, err = s.receiver(w); err != nil {
+				return nil, err
+			}
+			r.outside = e.OutsideMesh || w.OutsideMesh && !s.known.Resolved
+		} else if e.Workload != "" {
+			continue // gone
+		}
+		if addr, err := netip.ParseAddr(e.Address); err == nil {
+			r.address = addr
+		}
+		r.service, r.host = service, service.Name+"."+service.Namespace
+		var served bool
+		if r.port, served = s.leadsTo(q, service, e, r.workload.Ports); !served {
+			continue
+		}
+		out = append(out, r)
+	}
+	if len(out) > 0 && !s.cluster {
+		return out[:1], nil
+	}
+	return out, nil
+}
+
+// leadsTo is the workload port that is meant at an endpoint, false where it does not
+// serve the service's port. Policy speaks of the workload's ports.
+func (s *scene) leadsTo(q *canI, service *workloads.Service, e workloads.Endpoint, ports map[uint16]string) (uint16, bool) {
+	of := func(p workloads.ServicePort) bool { return p.Number == q.port }
+	switch {
+	case s.known.Resolved && q.port == 0 && len(service.Ports) > 0:
+		return s.known.PortOf(e, service.Ports[0].Number)
+	case s.known.Resolved && slices.ContainsFunc(service.Ports, of):
+		return s.known.PortOf(e, q.port)
+	}
+	// Off Kubernetes an endpoint's port is its proxy's, not the workload's own.
+	first := uint16(0)
+	if w := s.workload(e.Workload); w != nil && len(w.Ports) > 0 {
+		first = w.Ports[0].Number
+	}
 	_, declared := ports[q.port]
-	if led := !declared && len(ports) == 1 && hasPort(service, q.port); q.port != 0 && !led {
-		s.port = q.port
+	if q.port == 0 || !declared && len(ports) == 1 && slices.ContainsFunc(service.Ports, of) {
+		return first, first != 0
 	}
-	if s.host = host; q.host != "" {
-		s.host = q.host
+	return q.port, true
+}
+
+func (s *scene) workload(uid string) *workloads.Workload {
+	for i := range s.known.Workloads {
+		if s.known.Workloads[i].PodUID == uid {
+			return &s.known.Workloads[i]
+		}
 	}
-	s.workload.TrustDomain, s.workload.Account, s.workload.Ports = s.domain, account, ports
 	return nil
+}
+
+// receiver is one workload, without port.
+func (s *scene) receiver(w *workloads.Workload) (receiver, error) {
+	account, err := identity.NewAccount(w.Namespace, w.ServiceAccount)
+	if err != nil {
+		return receiver{}, err
+	}
+	ports := map[uint16]string{}
+	for _, p := range w.Ports {
+		ports[p.Number] = p.Protocol
+	}
+	r := receiver{workload: authz.Workload{Account: account, Labels: w.Labels, Ports: ports}, outside: w.OutsideMesh}
+	if addr, err := netip.ParseAddr(w.Address); err == nil {
+		r.address = addr
+	}
+	if s.cluster {
+		r.pods = []string{w.PodName}
+		r.enforcement = s.enforced(w)
+	}
+	return r, nil
+}
+
+// merge makes one of the receivers for which everything is the same that a decision
+// hangs on, and sorts them by name.
+func (s *scene) merge(all []receiver) []receiver {
+	if len(all) < 2 {
+		return all
+	}
+	kinds := map[string]int{}
+	var out []receiver
+	for _, r := range all {
+		kind := fmt.Sprintf("%s %d %v %v %q %v", r.workload.Account, r.port, r.workload.Ports, r.outside, r.deny, s.selecting(&r))
+		// Destination addresses are for rules that name them.
+		if s.asksDestination() {
+			kind += r.address.String()
+		}
+		i, ok := kinds[kind]
+		if !ok {
+			kinds[kind] = len(out)
+			out = append(out, r)
+			continue
+		}
+		out[i].pods = append(out[i].pods, r.pods...)
+		out[i].notes = append(out[i].notes, r.notes...)
+	}
+	for i := range out {
+		slices.Sort(out[i].pods)
+	}
+	slices.SortFunc(out, func(a, b receiver) int { return slices.Compare(a.pods, b.pods) })
+	return out
+}
+
+// selecting are the documents that select a receiver, by their place.
+func (s *scene) selecting(r *receiver) []int {
+	var out []int
+	for i, d := range s.docs {
+		if authz.Selects(d, r.workload.Account.Namespace(), r.workload.Labels, s.mesh) {
+			out = append(out, i)
+		}
+	}
+	return out
+}
+
+// asksDestination reports whether any rule names addresses of receivers.
+func (s *scene) asksDestination() bool {
+	return slices.ContainsFunc(s.docs, func(d policy.Document) bool { return asks(d, "destination.ip") })
+}
+
+// asks reports whether a document has conditions of a key.
+func asks(d policy.Document, key string) bool {
+	return d.Authorization != nil && slices.ContainsFunc(d.Authorization.Rules, func(r policy.Rule) bool {
+		return slices.ContainsFunc(r.When, func(c policy.Condition) bool { return c.Key == key })
+	})
 }
 
 // splitComma unfolds "a=b,c=d": no label holds a comma.
@@ -179,46 +314,4 @@ func splitComma(args []string) []string {
 		out = append(out, strings.Split(a, ",")...)
 	}
 	return out
-}
-
-func hasPort(service *workloads.Service, port uint16) bool {
-	return service != nil && slices.ContainsFunc(service.Ports, func(p workloads.ServicePort) bool { return p.Number == port })
-}
-
-// findReceiver looks --to up among the declared workloads and services, by which
-// name it also is a service; nil where there is no mesh to ask.
-func findReceiver(to string, known *workloads.File) (*workloads.Workload, *workloads.Service, error) {
-	if known == nil {
-		return nil, nil, nil
-	}
-	var matches []*workloads.Service
-	for i, svc := range known.Services {
-		if to == svc.Namespace+"/"+svc.Name || to == svc.Name || slices.Contains(svc.Hosts, to) {
-			matches = append(matches, &known.Services[i])
-		}
-	}
-	for i, w := range known.Workloads {
-		if to == w.Namespace+"/"+w.ServiceAccount {
-			if len(matches) == 1 && serves(matches[0], w.PodUID) {
-				return &known.Workloads[i], matches[0], nil
-			}
-			return &known.Workloads[i], nil, nil
-		}
-	}
-	switch {
-	case len(matches) == 0:
-		return nil, nil, invalidf("--to %q is neither a workload nor a service of this mesh", to)
-	case len(matches) > 1:
-		return nil, nil, invalidf("--to %q is a service in several namespaces; give NAMESPACE/SERVICE", to)
-	}
-	for i, w := range known.Workloads {
-		if serves(matches[0], w.PodUID) {
-			return &known.Workloads[i], matches[0], nil
-		}
-	}
-	return nil, nil, invalidf("--to %q is a service without workloads", to)
-}
-
-func serves(service *workloads.Service, podUID string) bool {
-	return slices.ContainsFunc(service.Endpoints, func(e workloads.Endpoint) bool { return e.Workload == podUID })
 }
