@@ -11,6 +11,7 @@ export PATH := $(TOOLS)/bin:$(PATH)
 
 GOTESTSUM := $(TOOLS)/bin/gotestsum-v1.13.0
 LINTER    := $(TOOLS)/bin/golangci-lint-v2.15.0
+CRDGEN    := $(TOOLS)/bin/controller-gen-v0.23.0
 
 # Without grpcnotrace gRPC links html/template, and with it everything reachable by
 # reflection: three megabytes of a proxy's memory.
@@ -70,6 +71,9 @@ race: ## the product's tests under the race detector
 lint: $(LINTER) ## vet and lint every module
 	@for m in $(MODULES); do echo "== $$m"; (cd $$m && go vet ./... && $(LINTER) run --config $(CURDIR)/.golangci.yml ./...) || exit 1; done
 
+generate: $(CRDGEN) ## write deploy/crds anew from the types in api/crd
+	$(CRDGEN) crd paths=./api/crd/... output:crd:dir=deploy/crds
+
 fuzz: ## run every fuzz target for FUZZTIME (default 20s) each
 	@certs-test/tools/fuzz $(or $(FUZZTIME),20s)
 
@@ -79,7 +83,7 @@ bench: build tools ## measure speed and memory against peers, as ratios of one r
 clean: ## remove what make build and make up made
 	rm -rf $(BUILD) .castellan
 
-tools: $(GOTESTSUM)
+tools: $(GOTESTSUM) $(CRDGEN)
 	@certs-test/tools/install
 	@certs-test/tools/parts >/dev/null
 
@@ -113,3 +117,7 @@ $(GOTESTSUM):
 $(LINTER):
 	@mkdir -p $(@D)
 	GOBIN=$(@D) go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 && mv $(@D)/golangci-lint $@
+
+$(CRDGEN):
+	@mkdir -p $(@D)
+	GOBIN=$(@D) go install sigs.k8s.io/controller-tools/cmd/controller-gen@v0.23.0 && mv -f $(@D)/controller-gen $@
