@@ -200,28 +200,16 @@ func (p *Proxy) applyPolicies(changed []xds.Resource, removed []string) error {
 
 func (p *Proxy) applyServices(changed []xds.Resource, removed []string) error {
 	var errs []error
-	resources := make([]*castellanv1.ServiceIdentity, 0, len(changed))
-	for _, r := range changed {
-		var s castellanv1.ServiceIdentity
-		if err := unpack(r, &s); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		resources = append(resources, &s)
-	}
 	p.store.update(func(in *inputs) {
 		in.services.known = true
 		for _, name := range removed {
 			in.services.set(name, nil)
 		}
-		for _, r := range resources {
-			name := r.GetNamespace() + "/" + r.GetName()
-			s, err := newService(r, in.services.told[name])
-			if err != nil {
+		// One after the other, so that a mesh's worth of messages is not in memory at once.
+		for _, r := range changed {
+			if err := in.services.take(r); err != nil {
 				errs = append(errs, err)
-				continue
 			}
-			in.services.set(name, s)
 		}
 	})
 	return errors.Join(errs...)

@@ -4,39 +4,58 @@ import (
 	"maps"
 	"slices"
 
+	castellanv1 "castellan.dev/api/castellan/v1"
 	"castellan.dev/internal/tlsconf"
+	"castellan.dev/internal/xds"
 )
 
-// destinations are the services as told, and what was made of them last. What is
+// destinations are the services, with the identities of the trust at hand. What is
 // handed out is not changed any more.
 type destinations struct {
-	told map[string]*service
 	// known: the server has said what services there are. Until then an address that
 	// is none of theirs may be one all the same.
 	known bool
 
 	resolved    map[string]*service
-	index       *index
 	resolvedFor string
-	// touched are the names that changed since.
-	touched map[string]bool
+	index       *index
+	// touched are those that were told since, nil for one that is gone.
+	touched map[string]*service
+}
+
+// now is the service as told last; nil for none.
+func (d *destinations) now(name string) *service {
+	if s, told := d.touched[name]; told {
+		return s
+	}
+	return d.resolved[name]
+}
+
+// take reads a service. One that cannot be read leaves what it would replace.
+func (d *destinations) take(r xds.Resource) error {
+	var message castellanv1.ServiceIdentity
+	if err := unpack(r, &message); err != nil {
+		return err
+	}
+	name := message.GetNamespace() + "/" + message.GetName()
+	s, err := newService(&message, d.now(name))
+	if err != nil {
+		return err
+	}
+	d.set(name, s)
+	return nil
 }
 
 // set takes a service as told, nil for one that is gone.
 func (d *destinations) set(name string, s *service) {
-	if d.told == nil {
-		d.told, d.touched = map[string]*service{}, map[string]bool{}
+	if d.touched == nil {
+		d.touched = map[string]*service{}
 	}
-	if s == nil {
-		delete(d.told, name)
-	} else {
-		d.told[name] = s
-	}
-	d.touched[name] = true
+	d.touched[name] = s
 }
 
-// resolve gives services the identities of the trust at hand: of those that
-// changed, or of all when the trust did.
+// resolve gives services the identities of the trust at hand: those that were
+// told, or all when the trust changed.
 func (d *destinations) resolve(trust *tlsconf.Trust) (map[string]*service, *index) {
 	version := ""
 	if trust != nil {
@@ -44,11 +63,17 @@ func (d *destinations) resolve(trust *tlsconf.Trust) (map[string]*service, *inde
 	}
 	switch {
 	case d.resolved == nil || d.resolvedFor != version:
-		d.resolved, d.resolvedFor = make(map[string]*service, len(d.told)), version
-		for name, s := range d.told {
-			d.resolved[name] = s.resolve(trust)
+		next := maps.Clone(d.resolved)
+		if next == nil {
+			next = map[string]*service{}
 		}
-		d.index = newIndex().changed(nil, slices.Collect(maps.Values(d.resolved)))
+		maps.Copy(next, d.touched)
+		maps.DeleteFunc(next, func(_ string, s *service) bool { return s == nil })
+		for name, s := range next {
+			next[name] = s.resolve(trust)
+		}
+		d.resolved, d.resolvedFor = next, version
+		d.index = newIndex().changed(nil, slices.Collect(maps.Values(next)))
 	case len(d.touched) > 0:
 		d.resolveTouched(trust)
 	}
@@ -62,13 +87,13 @@ func (d *destinations) resolve(trust *tlsconf.Trust) (map[string]*service, *inde
 func (d *destinations) resolveTouched(trust *tlsconf.Trust) {
 	var before, after []*service
 	next := maps.Clone(d.resolved)
-	for name := range d.touched {
+	for name, told := range d.touched {
 		if s := next[name]; s != nil {
 			before = append(before, s)
 			delete(next, name)
 		}
-		if s := d.told[name]; s != nil {
-			next[name] = s.resolve(trust)
+		if told != nil {
+			next[name] = told.resolve(trust)
 			after = append(after, next[name])
 		}
 	}

@@ -52,7 +52,7 @@ func TestIndexByChanges(t *testing.T) {
 				continue
 			}
 			all[name] = resourceOf(n, random.IntN(60))
-			s, err := newService(all[name], changing.told[name])
+			s, err := newService(all[name], changing.now(name))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -233,7 +233,7 @@ func BenchmarkServiceUpdate(b *testing.B) {
 		b.ReportAllocs()
 		for i := range b.N {
 			name := fmt.Sprintf("shop/s%03d", i%1000)
-			d.set(name, d.told[name])
+			d.set(name, d.now(name))
 			_, x = d.resolve(trust)
 		}
 	})
