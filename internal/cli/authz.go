@@ -16,7 +16,7 @@ import (
 )
 
 func (e *env) authzCommand() *cobra.Command {
-	return group("authz", "Validate policies and explain decisions", e.canICommand(), e.validateCommand())
+	return group("authz", "Validate policies and explain decisions", e.canICommand(), e.authzCheckCommand(), e.validateCommand())
 }
 
 // documentView is one document and what is to be said of it.

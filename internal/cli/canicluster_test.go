@@ -33,6 +33,7 @@ func (c *fakeCluster) shop() {
 		meshed("legacy-1", "legacy", "10.0.0.3", map[string]string{"app": "legacy"}),
 	}
 	delete(c.pods[2].Labels, "security.istio.io/tlsMode")
+	c.set("/api/v1/namespaces/shop/pods/orders-1", c.pods[0])
 	c.inventory()
 	c.policies("")
 }

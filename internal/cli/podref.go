@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -35,9 +34,6 @@ func parsePodRef(s string) (podRef, bool) {
 	}
 	return podRef{}, false
 }
-
-// onePodArg wants one argument that names a pod: "NAME" or as parsePodRef has it.
-func onePodArg(cmd *cobra.Command, args []string) error { return oneArg("a pod")(cmd, args) }
 
 func parsePodArg(s string) (podRef, error) {
 	if ref, ok := parsePodRef(s); ok {

@@ -194,7 +194,14 @@ func askStatus(ctx context.Context, client *kube.Client) (*castellanv1.PoliciesR
 	if err != nil {
 		return nil, err
 	}
+	return statusOver(ctx, conn)
+}
+
+// statusOver asks over a connection, and closes it.
+func statusOver(ctx context.Context, conn *admin) (*castellanv1.PoliciesResponse, error) {
 	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
 	resp, err := castellanv1.NewDiscoveryAdminClient(conn).Policies(ctx, &castellanv1.PoliciesRequest{})
 	if err != nil {
 		return nil, conn.failed(err)
@@ -253,17 +260,19 @@ func (s *scene) enforced(w *workloads.Workload) enforcement {
 	if s.status == nil || w.OutsideMesh {
 		return out
 	}
-	status := s.proxyOf(w.PodUID)
+	status, name := s.proxyOf(w.PodUID), "pod "+w.PodName
+	if w.PodName == "" {
+		name = "workload " + w.Namespace + "/" + w.ServiceAccount
+	}
 	if status == nil {
-		out.notes = append(out.notes, fmt.Sprintf("pod %s: the server does not know it yet", w.PodName))
+		out.notes = append(out.notes, name+": the server does not know it yet")
 		return out
 	}
 	if status.GetDenyAll() && out.deny == "" {
 		out.deny = status.GetDenyReason()
 	}
-	now := time.Now() //nolint:forbidigo // a command line reads the real clock
-	if v := viewProxy(status, s.domain.Name(), now); !v.ok() && v.State != proxyDenies {
-		out.notes = append(out.notes, fmt.Sprintf("pod %s does not enforce it as it is now: %s: %s", w.PodName, v.State, v.Reason))
+	if v := viewProxy(status, s.domain.Name(), now()); !v.ok() && v.State != proxyDenies {
+		out.notes = append(out.notes, fmt.Sprintf("%s does not enforce it as it is now: %s: %s", name, v.State, v.Reason))
 	}
 	return out
 }
