@@ -47,20 +47,20 @@ func pack(ctx context.Context, tar string, args ...string) error {
 	return nil
 }
 
-// loadImages builds Castellan's own images and loads them under the tag.
+// loadImages builds Castellan's own images as `make images` does, and loads them under
+// the tag.
 func loadImages(ctx context.Context, tag string) error {
-	dir := filepath.Join(bin, "linux-"+runtime.GOARCH)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+	cmd := exec.CommandContext(ctx, "make", "--no-print-directory", "-C", "../..", "images",
+		"BUILD="+path("images-"+tag), "TAG="+tag, "VERSION="+tag, "PLATFORMS="+runtime.GOARCH)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("make images: %w\n%s", err, out)
 	}
-	if err := build(ctx, dir, "castellan", "castellan-server", "castellan-agent", "castellan-proxy"); err != nil {
-		return err
+	tars, err := filepath.Glob(path("images-" + tag + "/images/*.tar"))
+	if err != nil || len(tars) == 0 {
+		return fmt.Errorf("make images made none: %w", err)
 	}
-	if err := pack(ctx, path("images-"+tag), "-release", "-bin", bin, "-tag", tag, "-platforms", ""); err != nil {
-		return err
-	}
-	for _, name := range []string{"castellan-server", "castellan-agent", "castellan-proxy"} {
-		if err := shared.LoadImage(ctx, filepath.Join(path("images-"+tag), name+".tar")); err != nil {
+	for _, tar := range tars {
+		if err := shared.LoadImage(ctx, tar); err != nil {
 			return err
 		}
 	}
