@@ -33,7 +33,9 @@ const (
 // used. It lists once by streaming, and then watches.
 type mirror struct {
 	cache.Indexer
-	name   string
+	name string
+	// sample is of the type that is expected; nil where what is kept is of another
+	// type than what comes, as bookmarks do.
 	sample runtime.Object
 	// list and open ask the API server.
 	list func(context.Context, metav1.ListOptions) (runtime.Object, error)
@@ -63,7 +65,11 @@ func (m *mirror) run(ctx context.Context) {
 	// besides, again and again, is dropped.
 	quiet := logr.Discard()
 	ctx = klog.NewContext(ctx, quiet)
-	r := cache.NewReflectorWithOptions(lister{m}, m.sample, m, cache.ReflectorOptions{
+	var sample any // an interface of a nil type would not be nil
+	if m.sample != nil {
+		sample = m.sample
+	}
+	r := cache.NewReflectorWithOptions(lister{m}, sample, m, cache.ReflectorOptions{
 		Logger: &quiet, Name: m.name,
 		Backoff: &wait.Backoff{Duration: retryFirst, Cap: retryMost, Factor: 2, Steps: 10, Jitter: 0.2},
 	})

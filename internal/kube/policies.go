@@ -218,7 +218,7 @@ func (p *Policies) mirror(k *policyKind, version string, stop func()) *mirror {
 	at := p.cfg.Dynamic.Resource(schema.GroupVersionResource{Group: policy.Group, Version: version, Resource: k.resource})
 	m := &mirror{
 		Indexer: cache.NewIndexer(cache.MetaNamespaceKeyFunc, cache.Indexers{}),
-		name:    k.resource, sample: &policyObject{}, reduce: reducePolicy,
+		name:    k.resource, reduce: reducePolicy,
 		list: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list, err := at.List(ctx, o)
 			if err != nil {
