@@ -164,7 +164,7 @@ webhooks:
   namespaceSelector: {matchLabels: {istio-injection: enabled}}
   objectSelector: {matchExpressions: [{key: sidecar.istio.io/inject, operator: NotIn, values: ["false"]}]}
 `)
-	says(t, 1, []string{"istio-sidecar-injector"}, append([]string{"check", "--pre"}, settings...)...)
+	says(t, 1, []string{"istio-sidecar-injector"}, "check", "--pre")
 }
 
 func call(method, url string) control.Call {

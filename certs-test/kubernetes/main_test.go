@@ -128,7 +128,7 @@ func prepare(ctx context.Context) error {
 			return nil
 		}
 	}
-	if err := loadImages(ctx, "dev"); err != nil {
+	if err := loadImages(ctx, tag); err != nil {
 		return err
 	}
 	step("Castellan's images are loaded")
@@ -140,8 +140,16 @@ func prepare(ctx context.Context) error {
 	return nil
 }
 
+// tag of the images. In a cluster that stays, pods of the one before must notice.
+var tag = func() string {
+	if os.Getenv("CASTELLAN_CLUSTER") == "" {
+		return "dev"
+	}
+	return fmt.Sprintf("dev-%d", time.Now().Unix())
+}()
+
 // settings of the installation that the tests share.
-var settings = []string{"--set", "image.pullPolicy=Never", "--set", "image.tag=dev"}
+var settings = []string{"--timeout", "3m", "--set", "image.pullPolicy=Never", "--set", "image.tag=" + tag}
 
 // steps says how long each step took.
 func steps() func(string) {
