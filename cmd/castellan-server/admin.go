@@ -74,7 +74,7 @@ func (p *program) problems() []server.Problem {
 		{Name: "token issuers", Check: p.issuersReady},
 	}
 	if c := p.cluster; c != nil {
-		return append(list, server.Problem{Name: "authority's keys", Check: c.blobs.Err}, server.Problem{Name: "Kubernetes", Check: c.informers.Ready})
+		return append(list, server.Problem{Name: "authority's keys", Check: c.blobs.Err}, server.Problem{Name: "API server", Check: c.heard})
 	}
 	return append([]server.Problem{{Name: "workloads file", Check: p.workloads.Err}}, list...)
 }

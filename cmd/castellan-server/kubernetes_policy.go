@@ -1,8 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -57,11 +60,45 @@ func (c *cluster) statuses(d *discovery.Server, registry prometheus.Registerer, 
 
 // checks puts what may be missing of the cluster on the admin page.
 func (c *cluster) checks(admin *telemetry.Admin) {
-	admin.AddCheck("cluster", c.informers.Ready)
-	admin.AddCheck("policies", c.informers.Policies().Ready)
+	// Only at first: what was known last goes on being served while the API server is
+	// away, to agents that would find no other server.
+	admin.AddCheck("cluster", untilOnce(c.informers.Ready))
+	admin.AddCheck("policies", untilOnce(c.informers.Policies().Ready))
+	admin.AddNotice("apiServer", c.heard)
 	// A cluster without the definitions has no policies; that is worth a word and
 	// no reason to issue no certificates.
 	admin.AddNotice("policyDefinitions", c.informers.Policies().Missing)
+}
+
+// untilOnce asks a check until it has held once.
+func untilOnce(check func() error) func() error {
+	var held atomic.Bool
+	return func() error {
+		if held.Load() {
+			return nil
+		}
+		err := check()
+		if err == nil {
+			held.Store(true)
+		}
+		return err
+	}
+}
+
+// unheard is after how long without a word from the API server its absence is told:
+// an idle watch is opened anew sooner.
+const unheard = 5 * time.Minute
+
+// heard says since when the API server has not been.
+func (c *cluster) heard() error {
+	last := c.informers.LastContact()
+	if last.IsZero() {
+		return errors.New("the API server has not been heard yet")
+	}
+	if age := time.Since(last); age > unheard {
+		return fmt.Errorf("the API server has not been heard for %v; pods known then are served for ten minutes in all", age.Truncate(time.Second))
+	}
+	return nil
 }
 
 // verdicts says for the cluster what discovery says; nil stays nil.

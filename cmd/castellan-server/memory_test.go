@@ -1,6 +1,11 @@
 package main
 
-import "testing"
+import (
+	"context"
+	"runtime"
+	"testing"
+	"time"
+)
 
 func TestGCPercent(t *testing.T) {
 	for _, c := range []struct {
@@ -11,4 +16,19 @@ func TestGCPercent(t *testing.T) {
 			t.Errorf("%d bytes alive: %d, want %d", c.live, got, c.want)
 		}
 	}
+}
+
+func TestAfterCollections(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	calls := make(chan struct{}, 100)
+	afterCollections(ctx, func() { calls <- struct{}{} })
+	for range 3 { // every time, not once
+		runtime.GC()
+		select {
+		case <-calls:
+		case <-time.After(20 * time.Second):
+			t.Fatal("a collection passed unnoticed")
+		}
+	}
+	cancel()
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -92,7 +93,7 @@ func (p *program) run(ctx, serving context.Context) error {
 			return err
 		}
 	}
-	parts := append(p.parts, tuneCollector)
+	parts := slices.Concat(p.parts, []run.Part{tuneCollector})
 	if c := p.cluster; c != nil {
 		lead := c.lease.Lead(c.led...)
 		parts = append(parts, func(serving context.Context) error { return leading(ctx, serving, lead) })

@@ -56,6 +56,11 @@ func (k *Kubernetes) validate() error {
 	if k.Verification != VerifyLocally && k.Verification != VerifyByTokenReview {
 		return fmt.Errorf("kubernetes.verification: %q, want %s or %s", k.Verification, VerifyLocally, VerifyByTokenReview)
 	}
+	for i, a := range k.Audiences {
+		if a == "" {
+			return fmt.Errorf("kubernetes.audiences[%d]: is empty", i)
+		}
+	}
 	for _, f := range []struct{ field, value string }{
 		{"namespace", k.Namespace}, {"caSecret", k.CASecret}, {"bundleConfigMap", k.BundleConfigMap}, {"lease", k.Lease},
 	} {

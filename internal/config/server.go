@@ -27,7 +27,8 @@ type Server struct {
 	// BundleFile, if set, is where the roots are written as PEM, replaced atomically.
 	BundleFile string `json:"bundleFile,omitempty"`
 	// ServingNames are DNS names and IP addresses of the server's own certificate;
-	// default castellan-server.castellan-system.svc, localhost, 127.0.0.1 and ::1.
+	// default castellan-server.NAMESPACE.svc (castellan-system off Kubernetes),
+	// localhost, 127.0.0.1 and ::1.
 	ServingNames []string `json:"servingNames,omitempty"`
 
 	CA          CA          `json:"ca,omitzero"`
@@ -63,7 +64,8 @@ type CA struct {
 // Attestation says whose tokens prove what.
 type Attestation struct {
 	Issuers []TokenIssuer `json:"issuers"`
-	// AgentAccounts are the accounts ("namespace/name") whose token proves a node; default castellan-system/castellan-agent.
+	// AgentAccounts are the accounts ("namespace/name") whose token proves a node; default castellan-agent in
+	// the server's namespace (castellan-system off Kubernetes).
 	AgentAccounts []string `json:"agentAccounts,omitempty"`
 	// DirectCallers may ask without an agent token; default none.
 	DirectCallers []string `json:"directCallers,omitempty"`
@@ -127,11 +129,15 @@ func (s *Server) setDefaults() {
 	if s.Webhook != nil {
 		s.Webhook.setDefaults()
 	}
+	namespace := "castellan-system"
+	if s.Kubernetes != nil {
+		namespace = s.Kubernetes.Namespace
+	}
 	if len(s.ServingNames) == 0 {
-		s.ServingNames = []string{"castellan-server.castellan-system.svc", "localhost", "127.0.0.1", "::1"}
+		s.ServingNames = []string{"castellan-server." + namespace + ".svc", "localhost", "127.0.0.1", "::1"}
 	}
 	if len(s.Attestation.AgentAccounts) == 0 {
-		s.Attestation.AgentAccounts = []string{"castellan-system/castellan-agent"}
+		s.Attestation.AgentAccounts = []string{namespace + "/castellan-agent"}
 	}
 	for i := range s.Attestation.Issuers {
 		t := &s.Attestation.Issuers[i]

@@ -69,7 +69,8 @@ func getPath(ctx context.Context, c *Client, path string) ([]byte, error) {
 	if !ok || client == nil {
 		return nil, errors.New("kube: this client has no way to the API server's own paths")
 	}
-	data, err := client.Get().AbsPath(path).Do(ctx).Raw()
+	// The key set has a media type of its own, and the API server insists on it.
+	data, err := client.Get().AbsPath(path).SetHeader("Accept", "application/json, application/jwk-set+json").Do(ctx).Raw()
 	if err != nil {
 		return nil, away(err, "get %s of the API server", path)
 	}

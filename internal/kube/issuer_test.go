@@ -33,6 +33,8 @@ func TestIssuer(t *testing.T) {
 		case r.URL.Path == "/.well-known/openid-configuration":
 			w.Header().Set("Content-Type", "application/json")
 			fmt.Fprintf(w, `{"issuer":%q,"jwks_uri":"https://elsewhere.test/keys"}`, *name.Load())
+		case r.URL.Path == "/openid/v1/jwks" && !strings.Contains(r.Header.Get("Accept"), "application/jwk-set+json"):
+			w.WriteHeader(http.StatusNotAcceptable) // as the API server does
 		case r.URL.Path == "/openid/v1/jwks":
 			w.Header().Set("Content-Type", "application/jwk-set+json")
 			_, _ = w.Write(jwstest.JWKS(t, is))

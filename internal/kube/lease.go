@@ -45,8 +45,8 @@ type LeaseConfig struct {
 // RBAC: leases.coordination.k8s.io get, update; by name, in the server's namespace.
 // The Lease is made by whoever installs.
 type Lease struct {
-	cfg     LeaseConfig
-	lock    resourcelock.Interface
+	cfg  LeaseConfig
+	lock resourcelock.Interface
 	complaint
 	leading atomic.Bool
 }

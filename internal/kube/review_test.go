@@ -35,11 +35,15 @@ func TestReview(t *testing.T) {
 		want   func(*kube.Review)
 		text   string
 	}{
-		"whole":             {nil, func(*kube.Review) {}, ""},
-		"not authenticated": {func(s *authenticationv1.TokenReviewStatus) { s.Authenticated, s.Error = false, "[invalid bearer token]" }, nil, "refuses the token: [invalid bearer token]"},
-		"a long error":      {func(s *authenticationv1.TokenReviewStatus) { s.Authenticated, s.Error = false, strings.Repeat("x", 1000) }, nil, strings.Repeat("x", 256)},
-		"a user":            {func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "alice" }, nil, "not of a service account"},
-		"half an account":   {func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "system:serviceaccount:shop" }, nil, "not of a service account"},
+		"whole": {nil, func(*kube.Review) {}, ""},
+		"not authenticated": {func(s *authenticationv1.TokenReviewStatus) {
+			s.Authenticated, s.Error = false, "[invalid bearer token]"
+		}, nil, "refuses the token: [invalid bearer token]"},
+		"a long error": {func(s *authenticationv1.TokenReviewStatus) {
+			s.Authenticated, s.Error = false, strings.Repeat("x", 1000)
+		}, nil, strings.Repeat("x", 256)},
+		"a user":          {func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "alice" }, nil, "not of a service account"},
+		"half an account": {func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "system:serviceaccount:shop" }, nil, "not of a service account"},
 		"no pod": {func(s *authenticationv1.TokenReviewStatus) {
 			delete(s.User.Extra, "authentication.kubernetes.io/pod-name")
 			delete(s.User.Extra, "authentication.kubernetes.io/pod-uid")

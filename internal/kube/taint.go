@@ -235,4 +235,6 @@ func (t *taints) removeOnce(ctx context.Context) error {
 
 // OnPod has f told of every change of a pod: old is nil for a new one, next for a
 // deleted one. It must be called before Run; f must not wait.
-func (i *Informers) OnPod(f func(old, next metav1.Object)) { i.pods.changed = append(i.pods.changed, f) }
+func (i *Informers) OnPod(f func(old, next metav1.Object)) {
+	i.pods.changed = append(i.pods.changed, f)
+}

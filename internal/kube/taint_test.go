@@ -212,5 +212,7 @@ func TestTaintsOff(t *testing.T) {
 	})
 	var log syncedLog
 	newTaints(t, c, true, &log)
-	within30s(t, "told", func() bool { return strings.Contains(log.String(), "kubectl taint nodes --all castellan.dev/agent-not-ready-") })
+	within30s(t, "told", func() bool {
+		return strings.Contains(log.String(), "kubectl taint nodes --all castellan.dev/agent-not-ready-")
+	})
 }

@@ -65,11 +65,11 @@ func (r *Reviewer) judge(token string, audiences []string) (attest.Review, error
 	if err != nil {
 		return attest.Review{}, err
 	}
-	now := time.Now()
-	if r.Now != nil {
-		now = r.Now()
+	now := r.Now
+	if now == nil {
+		now = time.Now
 	}
-	t, err := u.Verify(keys, jws.Expect{Issuer: r.Issuer, Audiences: audiences}, now)
+	t, err := u.Verify(keys, jws.Expect{Issuer: r.Issuer, Audiences: audiences}, now())
 	if err != nil {
 		return attest.Review{}, err
 	}
