@@ -12,7 +12,7 @@ const (
 	// garbageRoom is how much garbage may gather between collections while what is
 	// alive is small. Signing makes short-lived garbage only, and collecting it as
 	// often as the default does costs a tenth of the server's CPU.
-	garbageRoom = 96 << 20
+	garbageRoom      = 96 << 20
 	defaultGCPercent = 100
 	maxGCPercent     = 1600
 	minLive          = 4 << 20
