@@ -42,7 +42,7 @@ func (a *admin) failed(err error) error {
 	case status.Code(err) == codes.Unimplemented:
 		return fmt.Errorf("what answers at the admin socket is of a version that does not know this: %w", err)
 	case a.tunnel != nil:
-		return fmt.Errorf("the admin socket in the pod does not answer: %w", err)
+		return fmt.Errorf("through the admin socket in the pod: %w", err)
 	}
 	return fmt.Errorf("the server's admin socket does not answer: %w; is the mesh running, and are you its user?", err)
 }
