@@ -224,6 +224,9 @@ func (c *helloConn) mesh() { c.decided, c.seen = true, nil }
 // foreign: everything is read again from the start.
 func (c *helloConn) foreign() { c.decided, c.replay, c.seen = true, c.seen, nil }
 
+// NetConn returns the connection underneath.
+func (c *helloConn) NetConn() net.Conn { return c.Conn }
+
 // CloseWrite ends our direction.
 func (c *helloConn) CloseWrite() error { return closeWrite(c.Conn) }
 

@@ -136,6 +136,7 @@ func TestPolicyChangeJudgesTheNextRequest(t *testing.T) {
 	r, ca := mesh(t, strict+frontendMayGet)
 	live := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "http/1.1")
 	live.mustGet(200)
+	r.logged(`"status":200`) // it has ended, and is no request in flight to be judged again
 	r.agent.Publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
 	r.agent.Settled()
 	live.mustGet(403)

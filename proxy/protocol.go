@@ -67,6 +67,9 @@ func (c *prefixConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
+// NetConn returns the connection underneath.
+func (c *prefixConn) NetConn() net.Conn { return c.Conn }
+
 // CloseWrite ends our direction.
 func (c *prefixConn) CloseWrite() error { return closeWrite(c.Conn) }
 

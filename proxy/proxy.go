@@ -218,6 +218,8 @@ func (p *Proxy) tick(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 			p.sweep(p.now())
+			p.inboundEngine.Sweep()
+			p.outboundEngine.Sweep()
 		}
 	}
 }

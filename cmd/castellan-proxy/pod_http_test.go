@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -257,4 +258,28 @@ spec:
 			t.Errorf("%+v", a)
 		}
 	})
+}
+
+// A client that hangs up while its response is silent is missed by both proxies,
+// and so by the application.
+func TestClientHangsUp(t *testing.T) {
+	m := newMesh(t)
+	m.declare(strictPolicy, map[uint32]string{8080: "http"})
+	ended := make(chan struct{})
+	listen(m.orders.NS, ordersHost, 8080, serveHTTP(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		close(ended)
+	})))
+	c := talk(t, m.frontend.NS, at(v4.service(ordersVIP), 80))
+	c.say("GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+	c.hear("HTTP/1.1 200 OK")
+	c.Close()
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Fatal("the application still serves nobody")
+	}
+	logged(t, m.frontend.access, `"path":"/events"`, `"reason":"client_gone"`)
+	logged(t, m.orders.access, `"path":"/events"`, `"reason":"client_gone"`)
 }

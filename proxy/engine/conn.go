@@ -21,10 +21,14 @@ type Conn struct {
 	home atomic.Pointer[keyPool]
 	// closing: no request is taken after those in flight.
 	closing atomic.Bool
+	// gone: the client has hung up.
+	gone atomic.Bool
 
 	mu       sync.Mutex
 	closed   bool
 	active   int                     // requests in flight
+	activeAt time.Time               // since when the one of HTTP/1 is
+	tunnel   bool                    // it has become a tunnel
 	idleAt   time.Time               // since when there is none
 	upstream *upConn                 // HTTP/1: that of the exchange in flight, closed with the connection
 	cancel   context.CancelCauseFunc // or that of its HTTP/2 stream
@@ -95,11 +99,7 @@ func (c *Conn) CloseNow() {
 
 // abort closes a connection without a TLS farewell, which could wait for the peer.
 func abort(conn net.Conn) {
-	if inner, ok := conn.(interface{ NetConn() net.Conn }); ok {
-		_ = inner.NetConn().Close()
-		return
-	}
-	_ = conn.Close()
+	_ = socket(conn).Close()
 }
 
 // IdleSince says since when no request is in flight; false when one is.
@@ -110,10 +110,11 @@ func (c *Conn) IdleSince() (time.Time, bool) {
 }
 
 // begin marks a request as in flight.
-func (c *Conn) begin() {
+func (c *Conn) begin(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.active++
+	c.activeAt = now
 	if c.closing.Load() {
 		c.wire.readBy = time.Time{} // CloseGracefully may have set the deadline to the past
 	}

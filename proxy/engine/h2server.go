@@ -63,7 +63,7 @@ func (c *Conn) serveH2(ctx context.Context) {
 func (c *Conn) handle(w http.ResponseWriter, r *http.Request) {
 	x := c.engine.newExchangeFor(c)
 	x.outcome.Start = c.engine.cfg.Now()
-	c.begin()
+	c.begin(x.outcome.Start)
 	whole := x.serveStream(w, r)
 	if r.Context().Err() != nil && !x.aborted.Load() {
 		c.countReset(c.engine.cfg.Now())

@@ -13,7 +13,7 @@ func (c *Conn) serveH1(ctx context.Context) {
 	for c.await() {
 		x := c.engine.newExchangeFor(c)
 		x.outcome.Start = c.engine.cfg.Now()
-		c.begin()
+		c.begin(x.outcome.Start)
 		keep, linger := c.serveOne(ctx, x)
 		c.end(x.outcome.Start.Add(x.outcome.Total))
 		x.free()
@@ -68,6 +68,9 @@ func (c *Conn) serveOne(ctx context.Context, x *exchange) (keep, linger bool) {
 	}
 	if f == nil {
 		return x.conclude()
+	}
+	if c.gone.Load() {
+		f = clientGone(f.err)
 	}
 	x.note(f)
 	if x.h1.headed || f.status == 0 {

@@ -192,21 +192,6 @@ func (e *Engine) newUpConn(conn net.Conn, home *keyPool) *upConn {
 	return u
 }
 
-// rawConn finds the socket below a TLS connection; nil when there is none.
-func rawConn(conn net.Conn) syscall.RawConn {
-	if outer, ok := conn.(interface{ NetConn() net.Conn }); ok {
-		conn = outer.NetConn()
-	}
-	switch conn.(type) {
-	case *net.TCPConn, *net.UnixConn:
-		raw, err := conn.(syscall.Conn).SyscallConn()
-		if err == nil {
-			return raw
-		}
-	}
-	return nil
-}
-
 // alive tells whether an idle connection still looks usable.
 func (u *upConn) alive() bool {
 	if u.raw == nil {

@@ -17,6 +17,7 @@ func (x *exchange) tunnel(to sink) *failure {
 		return fail(http.StatusBadGateway, ReasonBadResponse, errNoTunnel)
 	}
 	s.headed, s.close = true, true
+	x.conn.becomeTunnel()
 	x.outcome.Status, x.outcome.Upgraded = http.StatusSwitchingProtocols, true
 	s.line(&x.res)
 	x.out.str("Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
@@ -49,6 +50,12 @@ func (x *exchange) tunnel(to sink) *failure {
 		x.note(fail(0, reason, err))
 	}
 	return nil
+}
+
+func (c *Conn) becomeTunnel() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.tunnel = true
 }
 
 // halfClose passes the end of one direction on.
