@@ -83,7 +83,7 @@ func (a *Agent) makeIdentities() error {
 	}
 	target, token := cfg.Agent.Server, caclient.CredentialFile(cfg.Agent.TokenFile)
 	a.client, err = caclient.New(caclient.Config{
-		Address: target.Address, Name: target.Name, BundleFile: target.BundleFile,
+		Address: target.Address, Fallback: target.Fallback, Name: target.Name, BundleFile: target.BundleFile,
 		AgentToken: token, Cluster: cfg.Agent.Cluster,
 		TrustDomain: td, Log: cfg.Log, Now: cfg.Now,
 	})

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"time"
 
@@ -42,6 +43,9 @@ const maxAnswer = 1 << 20
 type Config struct {
 	// Address is the server's host:port; Name is checked in its certificate.
 	Address, Name string
+	// Fallback is another host:port of the server, "" for none. It must prove the
+	// same Name.
+	Fallback string
 	// BundleFile holds the roots its certificate must chain to, as PEM.
 	BundleFile string
 	// AgentToken is the agent's own token.
@@ -242,6 +246,7 @@ func (c *Client) dial(r *roots, certificate func() (*tls.Certificate, error)) (*
 	}
 	conn, err := grpc.NewClient("passthrough:///"+c.cfg.Address,
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
+		grpc.WithContextDialer(c.connect),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
@@ -253,6 +258,28 @@ func (c *Client) dial(r *roots, certificate func() (*tls.Certificate, error)) (*
 	)
 	if err != nil {
 		return nil, fmt.Errorf("caclient: server %q: %w", c.cfg.Address, err)
+	}
+	return conn, nil
+}
+
+// firstTry is how long Address has, its look-up included, before Fallback is tried.
+const firstTry = 1500 * time.Millisecond
+
+// connect opens a TCP connection to the server. Who answers is for TLS to find out.
+func (c *Client) connect(ctx context.Context, address string) (net.Conn, error) {
+	var dialer net.Dialer
+	if c.cfg.Fallback == "" {
+		return dialer.DialContext(ctx, "tcp", address)
+	}
+	first, cancel := context.WithTimeout(ctx, firstTry)
+	defer cancel()
+	conn, err := dialer.DialContext(first, "tcp", address)
+	if err == nil || ctx.Err() != nil {
+		return conn, err
+	}
+	conn, err2 := dialer.DialContext(ctx, "tcp", c.cfg.Fallback)
+	if err2 != nil {
+		return nil, errors.Join(err, err2)
 	}
 	return conn, nil
 }

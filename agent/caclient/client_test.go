@@ -409,3 +409,22 @@ func TestNewRefuses(t *testing.T) {
 		}
 	}
 }
+
+// Where names are not resolved (yet), the server is found by its address, and is
+// believed on the same terms.
+func TestFallback(t *testing.T) {
+	s := agenttest.New(t)
+	c := client(t, s, func(cfg *caclient.Config) { cfg.Address, cfg.Fallback = "nowhere.invalid:15012", s.Addr() })
+	if _, err := c.Issue(timeout(t), request(t)); err != nil {
+		t.Error(err)
+	}
+	impostor := agenttest.New(t)
+	c = client(t, s, func(cfg *caclient.Config) { cfg.Address, cfg.Fallback = "nowhere.invalid:15012", impostor.Addr() })
+	if _, err := c.Issue(timeout(t), request(t)); err == nil {
+		t.Error("a server of another authority was believed")
+	}
+	c = client(t, s, func(cfg *caclient.Config) { cfg.Address = "nowhere.invalid:15012" })
+	if _, err := c.Issue(timeout(t), request(t)); err == nil {
+		t.Error("the server was found without an address")
+	}
+}

@@ -55,6 +55,11 @@ type AgentCSI struct {
 // ServerTarget is where the server is and how it is known.
 type ServerTarget struct {
 	Address string `json:"address"`
+	// Fallback is another host:port of it, tried where Address does not answer. Default
+	// with csi: the address of the Service castellan-server as the kubelet gives it to
+	// pods (CASTELLAN_SERVER_SERVICE_HOST), so that an agent does not wait for the
+	// cluster's DNS, which may itself wait for nodes with a ready agent.
+	Fallback string `json:"fallback,omitempty"`
 	// Name is checked in the server's certificate; default: Address's host.
 	Name string `json:"name,omitempty"`
 	// BundleFile holds the roots as PEM; read again when it changes.
@@ -89,11 +94,9 @@ func (a *Agent) Validate() error {
 			return fmt.Errorf("%s: required", f.field)
 		}
 	}
-	host, _, err := net.SplitHostPort(a.Server.Address)
-	if err != nil {
-		return fmt.Errorf("server.address: %w", err)
+	if err := a.validateServer(); err != nil {
+		return err
 	}
-	setDefault(&a.Server.Name, host)
 	if _, _, err := net.SplitHostPort(a.Admin); err != nil {
 		return fmt.Errorf("admin: %w", err)
 	}
@@ -111,6 +114,24 @@ func (a *Agent) Validate() error {
 		sockets[w.Socket] = true
 	}
 	return a.Log.validate()
+}
+
+func (a *Agent) validateServer() error {
+	host, port, err := net.SplitHostPort(a.Server.Address)
+	if err != nil {
+		return fmt.Errorf("server.address: %w", err)
+	}
+	setDefault(&a.Server.Name, host)
+	if service := os.Getenv("CASTELLAN_SERVER_SERVICE_HOST"); a.CSI != nil && service != "" {
+		setDefault(&a.Server.Fallback, net.JoinHostPort(service, port))
+	}
+	if a.Server.Fallback == "" {
+		return nil
+	}
+	if _, _, err := net.SplitHostPort(a.Server.Fallback); err != nil {
+		return fmt.Errorf("server.fallback: %w", err)
+	}
+	return nil
 }
 
 func (a *Agent) validateCSI() error {

@@ -345,3 +345,25 @@ func FuzzUnmarshal(f *testing.F) {
 		}
 	})
 }
+
+// On Kubernetes the agent knows its server's Service without DNS.
+func TestAgentFallback(t *testing.T) {
+	t.Setenv("CASTELLAN_SERVER_SERVICE_HOST", "fd00::1")
+	agent := func(csi *config.AgentCSI) *config.Agent {
+		a := &config.Agent{
+			TrustDomain: "cluster.local", Node: "n", TokenFile: "/t", CSI: csi,
+			Server: config.ServerTarget{Address: "castellan-server.castellan-system.svc:15012", BundleFile: "/b"},
+		}
+		a.APIVersion, a.Kind = "castellan.dev/v1alpha1", "AgentConfig"
+		return a
+	}
+	on, off := agent(&config.AgentCSI{}), agent(nil)
+	for _, a := range []*config.Agent{on, off} {
+		if err := a.Validate(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if on.Server.Fallback != "[fd00::1]:15012" || on.Server.Name != "castellan-server.castellan-system.svc" || off.Server.Fallback != "" {
+		t.Errorf("%+v %+v", on.Server, off.Server)
+	}
+}
