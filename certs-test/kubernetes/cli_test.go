@@ -15,6 +15,13 @@ import (
 	"castellan.dev/certs-test/kubernetes/apps/control"
 )
 
+// Exit codes of the command: no answer, an answer that is no, and a question that cannot be asked.
+const (
+	failed   = 1
+	negative = 2
+	mistake  = 3
+)
+
 // says runs the command and wants an exit code and words of its output.
 func says(t *testing.T, code int, want []string, args ...string) result {
 	t.Helper()
@@ -56,8 +63,8 @@ func TestCommandsAboutCertificates(t *testing.T) {
 			t.Errorf("%s: %s", name, data)
 		}
 	}
-	says(t, 1, []string{"no volume"}, "cert", "inspect", "pod/plain", "-n", "outside")
-	says(t, 1, []string{"nothing"}, "cert", "inspect", "pod/nothing", "-n", "callers")
+	says(t, failed, []string{"no volume"}, "cert", "inspect", "pod/plain", "-n", "outside")
+	says(t, mistake, []string{"nothing"}, "cert", "inspect", "pod/nothing", "-n", "callers")
 	// As a plugin of kubectl.
 	plugin := t.TempDir()
 	if err := os.Symlink(path("castellan"), filepath.Join(plugin, "kubectl-castellan")); err != nil {
@@ -93,7 +100,7 @@ spec:
 		caller *app
 		method string
 		code   int
-	}{{from.web, "GET", 0}, {from.web, "POST", 1}, {from.other, "GET", 1}} {
+	}{{from.web, "GET", 0}, {from.web, "POST", negative}, {from.other, "GET", negative}} {
 		says(t, c.code, nil, "authz", "can-i", "--from", "callers/"+c.caller.Account, "--to", "api", "-n", ns, "--method", c.method, "--port", "80")
 		// What the command says is what happens.
 		eventually(t, "the proxy says so too", func() error {
@@ -164,7 +171,7 @@ webhooks:
   namespaceSelector: {matchLabels: {istio-injection: enabled}}
   objectSelector: {matchExpressions: [{key: sidecar.istio.io/inject, operator: NotIn, values: ["false"]}]}
 `)
-	says(t, 1, []string{"istio-sidecar-injector"}, "check", "--pre")
+	says(t, negative, []string{"istio-sidecar-injector"}, "check", "--pre")
 }
 
 func call(method, url string) control.Call {

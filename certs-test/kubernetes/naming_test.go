@@ -40,6 +40,7 @@ func TestSecureNaming(t *testing.T) {
 	}
 	none := func(spec object) { spec["selector"] = object{"app": "nobody"} }
 	without := func(spec object) { delete(spec, "selector") }
+	service(t, ns, "thief")
 	service(t, ns, "pay")               // selects pay
 	service(t, ns, "empty", none)       // selects nobody
 	service(t, ns, "declared", without) // says who may answer
@@ -57,7 +58,7 @@ func TestSecureNaming(t *testing.T) {
 		slice(t, ns, s, s+"-by-hand", apps["thief"])
 	}
 	// The pod is there and answers as itself.
-	calledBy(t, from.web.reaches(t, apps["thief"].url(control.HTTP, "/")), from.web)
+	calledBy(t, from.web.reaches(t, "http://thief."+ns+"/"), from.web)
 	for _, c := range call("empty") {
 		from.web.fails(t, c)
 	}

@@ -65,9 +65,10 @@ func TestSocketIsTheProxysAlone(t *testing.T) {
 	}
 	const ns = "socketed"
 	namespace(t, ns, injected)
+	service(t, ns, "asks")
 	a := one(t, ns, pod{Name: "asks", Node: "node-1", Socket: true})
 	if id := a.identity(t); id.ID != a.id() {
 		t.Errorf("%s, want %s", id.ID, a.id())
 	}
-	calledBy(t, a.reaches(t, from.web.url(control.HTTP, "/")), a)
+	calledBy(t, a.reaches(t, "http://asks."+ns+"/"), a)
 }
