@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // target is what stands at an address: a service's port, or one of its endpoints,
@@ -84,8 +85,10 @@ func (e *indexEdit) open(at netip.AddrPort) map[netip.AddrPort][]target {
 	return e.index.shards[n]
 }
 
-// compare orders what stands at one address: a service's own address first, then
-// endpoints in the mesh, ports that declare what they speak, and by name.
+// compare orders what stands at one address: a service's own address first; then
+// endpoints of services in their workload's namespace, since others may list
+// anybody's address; then those in the mesh, ports that declare what they speak,
+// and by name.
 func (p target) compare(q target) int {
 	last := func(late bool) int {
 		if late {
@@ -95,11 +98,23 @@ func (p target) compare(q target) int {
 	}
 	return cmp.Or(
 		cmp.Compare(last(p.endpoint != nil), last(q.endpoint != nil)),
+		cmp.Compare(last(p.foreign()), last(q.foreign())),
 		cmp.Compare(last(p.endpoint != nil && p.endpoint.outside), last(q.endpoint != nil && q.endpoint.outside)),
 		cmp.Compare(last(p.port.protocol == undeclared), last(q.port.protocol == undeclared)),
 		cmp.Compare(p.port.service, q.port.service),
 		cmp.Compare(p.port.number, q.port.number),
 	)
+}
+
+// foreign: a service lists a workload of another namespace, or an address of nobody.
+func (p target) foreign() bool {
+	if p.endpoint == nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(p.endpoint.own, "/ns/")
+	workload, _, _ := strings.Cut(rest, "/")
+	namespace, _, _ := strings.Cut(p.port.service, "/")
+	return workload != namespace
 }
 
 // targets visits the addresses at which a service is found.

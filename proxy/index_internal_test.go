@@ -125,6 +125,9 @@ func TestWhoseAddress(t *testing.T) {
 			Endpoints: []*castellanv1.Endpoint{{Address: at, Ports: map[uint32]uint32{80: 8080}, SpiffeId: id, OutsideMesh: outside}},
 		}
 	}
+	// Somebody else's service that lists the address, and has nobody answer there.
+	foreign := direct("a", "http", false)
+	foreign.Namespace, foreign.ExpectedIds = "other", []string{"spiffe://cluster.local/ns/other/sa/x"}
 	own := &castellanv1.ServiceIdentity{Namespace: "shop", Name: "z", Addresses: []string{at}, Ports: []*castellanv1.ServicePort{{Number: 8080}}}
 	for _, tt := range []struct {
 		services []*castellanv1.ServiceIdentity
@@ -133,6 +136,7 @@ func TestWhoseAddress(t *testing.T) {
 		{[]*castellanv1.ServiceIdentity{direct("b", "http", false), direct("a", "http", false)}, "shop/a"},
 		{[]*castellanv1.ServiceIdentity{direct("a", "", false), direct("b", "tcp", false)}, "shop/b"},
 		{[]*castellanv1.ServiceIdentity{direct("a", "http", true), direct("b", "", false)}, "shop/b"},
+		{[]*castellanv1.ServiceIdentity{direct("z", "", false), foreign}, "shop/z"},
 		{[]*castellanv1.ServiceIdentity{direct("a", "http", false), own}, "shop/z"},
 	} {
 		for range 2 {
