@@ -8,10 +8,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
 	"castellan.dev/api/policy"
+	"castellan.dev/internal/config"
 	"castellan.dev/internal/tlsconf"
 )
 
@@ -250,4 +252,42 @@ func BenchmarkServiceUpdate(b *testing.B) {
 			}
 		}
 	})
+}
+
+// Where a captured connection's requests go costs no more than where a configured
+// one's do: nothing is allocated.
+func TestCapturedRequestsAllocateNothing(t *testing.T) {
+	p, err := New(Config{Proxy: config.Proxy{Capture: &config.Capture{Inbound: 15006, Outbound: 15001}}, Registerer: prometheus.NewRegistry()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.stopServing()
+	s, err := newService(resourceOf(1, 7), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.store.update(func(in *inputs) {
+		in.services.known = true
+		in.services.set(s.name, s)
+	})
+	st, now := p.store.load(), time.Now()
+	for _, at := range []string{"10.96.0.1:80", "10.1.0.1:8080"} {
+		out, refused := p.capturedOutbound(netip.MustParseAddrPort(at))
+		if refused != "" || out.name != "shop/s001" {
+			t.Fatalf("%+v %s", out, refused)
+		}
+		if n := testing.AllocsPerRun(100, func() {
+			to, refused := out.resolve(st)
+			if refused != nil {
+				t.Fatal(refused)
+			}
+			e := to.endpoint
+			if e == nil {
+				e = to.port.pick(now, nil, out.wants(st))
+			}
+			e.pool(st.serial)
+		}); n > 0 {
+			t.Errorf("%s: %v allocations a request", at, n)
+		}
+	}
 }
