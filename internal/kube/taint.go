@@ -189,7 +189,7 @@ func (t *taints) patch(ctx context.Context, node *corev1.Node, add bool) error {
 	defer cancel()
 	_, err = t.c.Kubernetes().CoreV1().Nodes().Patch(ctx, node.Name, types.JSONPatchType, data, metav1.PatchOptions{FieldManager: fieldManager})
 	if err == nil {
-		t.cfg.Log.Info("taint of a node changed", "node", node.Name, "agentReady", !add)
+		t.cfg.Log.Info("taint of a node changed", "node", node.Name, "tainted", add)
 	}
 	return absent(err)
 }
