@@ -92,6 +92,8 @@ type seen struct {
 	file                                    *workloads.File
 	docsChanged, fileChanged, bundleChanged <-chan struct{}
 	keepAgain                               <-chan time.Time
+	// policy: the documents may have changed.
+	policy bool
 }
 
 // Run follows the source, the workloads and the bundle until ctx ends.
@@ -102,6 +104,7 @@ func (s *Server) Run(ctx context.Context) error {
 	for first := true; ; first = false {
 		now := s.look()
 		if first || closed(last.docsChanged) || closed(last.fileChanged) {
+			now.policy = s.state.Load() == nil || closed(last.docsChanged)
 			if now.docs != nil && now.file != nil { // nil: nothing is known yet
 				s.update(ctx, now)
 			}
@@ -167,7 +170,11 @@ func (s *Server) update(ctx context.Context, now seen) {
 	s.news.tell()
 	took := s.cfg.Now().Sub(began)
 	s.metrics.built(next, took)
-	s.log.Info("policy published", slog.Int("documents", len(a.docs)), slog.Int("denials", len(a.denials)),
+	level := slog.LevelDebug // pods come and go all the time
+	if now.policy {
+		level = slog.LevelInfo
+	}
+	s.log.Log(ctx, level, "policy published", slog.Int("documents", len(a.docs)), slog.Int("denials", len(a.denials)),
 		slog.Int("workloads", len(next.workloads)), slog.Duration("took", took))
 }
 
