@@ -278,7 +278,7 @@ func (in *Installer) checkVersions(_ context.Context, v *cluster, out *results) 
 	proxies, old := 0, []string(nil)
 	for i := range v.pods {
 		tag := proxyTag(&v.pods[i])
-		if tag == "" {
+		if tag == "" || v.pods[i].DeletionTimestamp != nil {
 			continue
 		}
 		proxies++

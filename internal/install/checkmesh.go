@@ -18,7 +18,7 @@ import (
 func (in *Installer) checkInjection(_ context.Context, v *cluster, out *results) {
 	const check = "sidecars"
 	var without, unready []string
-	with := 0
+	with, bad := 0, false
 	for i := range v.pods {
 		pod := &v.pods[i]
 		name := pod.Namespace + "/" + pod.Name
@@ -34,13 +34,16 @@ func (in *Installer) checkInjection(_ context.Context, v *cluster, out *results)
 		}
 	}
 	if len(without) > 0 {
+		bad = true
 		out.warn(check, "they are older than the label, or than Castellan: kubectl rollout restart", "%s without one in namespaces labelled for injection: %s", count(len(without), "pod"), some(without))
 	}
 	if len(unready) > 0 {
+		bad = true
 		out.fail(check, "kubectl logs POD -c castellan-proxy; the agent's and the server's log say why an identity is refused", "not ready: %s", some(unready))
-		return
 	}
-	out.ok(check, "%s, all ready", count(with, "pod"))
+	if !bad {
+		out.ok(check, "%s, all ready", count(with, "pod"))
+	}
 }
 
 // sidecarTrouble is why a sidecar is not ready, empty when it is.

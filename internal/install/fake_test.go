@@ -90,6 +90,9 @@ func (c *fakeCluster) applied(action clienttesting.Action) (bool, runtime.Object
 	live, err := tracker.Get(gvr, ns, patch.GetName())
 	if apierrors.IsNotFound(err) {
 		o := &unstructured.Unstructured{Object: next}
+		if o.GetKind() == "CustomResourceDefinition" {
+			o.Object["status"] = map[string]any{"conditions": []any{map[string]any{"type": "Established", "status": "True"}}}
+		}
 		return true, o, tracker.Create(gvr, o, ns)
 	}
 	if err != nil {

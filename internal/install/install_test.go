@@ -19,7 +19,9 @@ const namespace = install.DefaultNamespace
 
 func mustInstall(t testing.TB, c *fakeCluster, text string) {
 	t.Helper()
-	if err := c.installer(t).Install(t.Context(), render(t, text), false); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := c.installer(t).Install(ctx, render(t, text), false); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -39,7 +41,8 @@ func TestInstall(t *testing.T) {
 	writes := c.writes()
 	last := -1
 	for _, what := range []string{
-		"patch namespaces castellan-system", "patch configmaps castellan-install", "patch secrets castellan-ca",
+		"patch namespaces castellan-system", "patch configmaps castellan-install",
+		"patch customresourcedefinitions authorizationpolicies.security.istio.io", "patch secrets castellan-ca",
 		"patch deployments castellan-server", "patch daemonsets castellan-agent", "patch mutatingwebhookconfigurations castellan-sidecar-injector",
 	} {
 		at := position(t, writes, what)

@@ -135,7 +135,7 @@ func rolledOut(o *unstructured.Unstructured) (bool, string, error) {
 		observed, generation = d.Status.ObservedGeneration, d.Generation
 	}
 	if observed < generation {
-		return false, "", nil // its controller has not looked yet
+		return false, "its controller has not looked yet", nil
 	}
 	ready = min(ready, updated)
 	return ready >= want, fmt.Sprintf("%d of %d ready", ready, want), nil

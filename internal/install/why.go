@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -12,6 +14,9 @@ import (
 
 // maxReason bounds what is shown of a message that a pod left.
 const maxReason = 300
+
+// askTimeout bounds the question to one pod.
+const askTimeout = 2 * time.Second
 
 // whyNot says why pods of a Deployment or DaemonSet are not ready, as far as the
 // cluster knows: the first reason found.
@@ -23,6 +28,11 @@ func (in *Installer) whyNot(ctx context.Context, r ref) string {
 	slices.SortFunc(pods.Items, func(a, b corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
 	for i := range pods.Items {
 		if why := podTrouble(&pods.Items[i]); why != "" {
+			return where(&pods.Items[i]) + ": " + why
+		}
+	}
+	for i := range pods.Items {
+		if why := in.ownWord(ctx, &pods.Items[i]); why != "" {
 			return where(&pods.Items[i]) + ": " + why
 		}
 	}
@@ -66,6 +76,35 @@ func podTrouble(pod *corev1.Pod) string {
 		}
 	}
 	return ""
+}
+
+// ownWord is what a program of ours that runs says of why it is not ready.
+func (in *Installer) ownWord(ctx context.Context, pod *corev1.Pod) string {
+	if pod.Status.Phase != corev1.PodRunning || podReady(pod) {
+		return ""
+	}
+	port := ""
+	for _, c := range pod.Spec.Containers {
+		for _, p := range c.Ports {
+			if p.Name == "http" {
+				port = strconv.Itoa(int(p.ContainerPort))
+			}
+		}
+	}
+	if port == "" {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	// Not being ready is a status of 503, and so an error; what is said comes with it.
+	answer, _ := in.cfg.Kubernetes.CoreV1().Pods(pod.Namespace).ProxyGet("http", pod.Name, port, "readyz", map[string]string{"verbose": "1"}).DoRaw(ctx)
+	var failing []string
+	for line := range strings.Lines(string(answer)) {
+		if check, ok := strings.CutPrefix(line, "[-] "); ok {
+			failing = append(failing, strings.TrimSpace(check))
+		}
+	}
+	return shorten(strings.Join(failing, "; "))
 }
 
 // lastWarning is the latest Warning about a pod: a volume that is not there, a
