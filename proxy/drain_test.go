@@ -132,7 +132,8 @@ func TestAgentRestart(t *testing.T) {
 	defer r.agent.Stop()
 	r.agent.Publish(strict + strings.Replace(frontendMayGet, "sa/frontend", "sa/payments", 1))
 	eventually(t, "new policy after the restart", func() bool {
-		resp, err := live.get()
+		// Anew each time: a request that is in flight at that moment ends with its connection.
+		resp, err := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "http/1.1").get()
 		return err == nil && resp.StatusCode == 403
 	})
 }
