@@ -121,7 +121,7 @@ func TestDisruptNodeDrained(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	if _, err := kubectl("", "drain", "node-2", "--ignore-daemonsets", "--pod-selector=drain=me", "--timeout=60s"); err != nil {
+	if _, err := kubectl("", "drain", "node-2", "--ignore-daemonsets", "--delete-emptydir-data", "--pod-selector=drain=me", "--timeout=60s"); err != nil {
 		t.Error(err)
 	}
 	eventually(t, "both pods on the other node", func() error { return ready(2, func(n string) bool { return n == "node-1" }) })

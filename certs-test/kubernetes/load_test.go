@@ -179,8 +179,14 @@ spec: {rules: [{from: [{source: {principals: ["cluster.local/ns/callers/sa/web"]
 	programmed(t, ns, "web-only")
 }
 
-// kill ends a container of a pod as a crash would.
+// kill ends a container of a pod as a crash would, and waits until it is ready again.
 func kill(t testing.TB, p podStatus) {
+	t.Helper()
+	crash(t, p, func(now *podStatus) bool { return now.ready() })
+}
+
+// crash waits until the container runs again and then is well.
+func crash(t testing.TB, p podStatus, well func(now *podStatus) bool) {
 	t.Helper()
 	node, err := shared.Node(p.Spec.NodeName)
 	if err != nil {
@@ -193,7 +199,7 @@ func kill(t testing.TB, p podStatus) {
 		if err := api.get("/api/v1/namespaces/castellan-system/pods/"+p.Metadata.Name, &now); err != nil {
 			return err
 		}
-		if !now.ready() || now.Status.ContainerStatuses[0].RestartCount <= p.Status.ContainerStatuses[0].RestartCount {
+		if !well(&now) || now.Status.ContainerStatuses[0].RestartCount <= p.Status.ContainerStatuses[0].RestartCount {
 			return fmt.Errorf("%+v", now.Status)
 		}
 		return nil
