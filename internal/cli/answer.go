@@ -120,9 +120,10 @@ func alike(all []*answer) []*answer {
 			out = append(out, a)
 			continue
 		}
-		out[i].Pods = append(out[i].Pods, a.Pods...)
 		out[i].Enforced = worse(out[i].Enforced, a.Enforced)
-		slices.Sort(out[i].Pods)
+		pods := slices.Concat(out[i].Pods, a.Pods)
+		slices.Sort(pods)
+		out[i].Pods = slices.Compact(pods)
 	}
 	return out
 }

@@ -86,6 +86,25 @@ func (c *fakeCluster) inventory() {
 	c.set("/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices", endpoints)
 }
 
+// dualStack adds endpoints at addresses of the other family to the service orders.
+func (c *fakeCluster) dualStack() {
+	const path = "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices"
+	for i := range c.pods {
+		c.pods[i].Status.PodIPs = []corev1.PodIP{{IP: c.pods[i].Status.PodIP}, {IP: fmt.Sprintf("fd00::%d", i+1)}}
+	}
+	c.inventory()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	list, _ := c.objects[path].(discoveryv1.EndpointSliceList)
+	second := *list.Items[0].DeepCopy()
+	second.Name, second.AddressType = "orders-6", discoveryv1.AddressTypeIPv6
+	for i := range second.Endpoints {
+		second.Endpoints[i].Addresses = []string{fmt.Sprintf("fd00::%d", i+1)}
+	}
+	list.Items = append(list.Items, second)
+	c.objects[path] = list
+}
+
 // policies publishes documents of YAML as the cluster's.
 func (c *fakeCluster) policies(text string) {
 	const group = "/apis/security.istio.io/v1"
@@ -162,6 +181,9 @@ func TestCanIOnCluster(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 	c.canI("--to", "orders", "--explain").want(t, 0, "mutual TLS on port 8080: ", "whether it is enforced as written could not be asked: ")
+	// A pod with two addresses is one endpoint.
+	c.dualStack()
+	c.canI("--to", "orders").want(t, 0, "  at orders-1, orders-2\n")
 	// The service's ports, by what they are declared.
 	c.canI("--to", "orders", "--port", "9000").want(t, 2, "tcp port 9000")
 	c.canI("--to", "orders", "--port", "9100", "--tcp").want(t, 2, "port 9100 declares no protocol and has rules about HTTP: what is not HTTP is refused there")

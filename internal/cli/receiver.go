@@ -274,8 +274,11 @@ func (s *scene) merge(all []receiver) []receiver {
 			out = append(out, r)
 			continue
 		}
-		out[i].pods = append(out[i].pods, r.pods...)
-		out[i].notes = append(out[i].notes, r.notes...)
+		// A pod with an address of each family is one endpoint twice.
+		if !slices.Contains(out[i].pods, r.pods[0]) {
+			out[i].pods = append(out[i].pods, r.pods...)
+			out[i].notes = append(out[i].notes, r.notes...)
+		}
 	}
 	for i := range out {
 		slices.Sort(out[i].pods)
