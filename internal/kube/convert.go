@@ -123,6 +123,8 @@ type serviceView struct {
 	slices []*discoveryv1.EndpointSlice
 	// at returns the live workloads that have an address.
 	at func(address string) []candidate
+	// of returns the live workload with a UID, nil if there is none.
+	of func(uid string) *workloads.Workload
 	// selected are the live workloads that the service's own selector selects.
 	selected []*workloads.Workload
 }

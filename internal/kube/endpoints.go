@@ -53,8 +53,8 @@ func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byNam
 				continue
 			}
 			made, why := v.endpoint(s, e, address.String(), declares)
-			if why != "" {
-				dropped = why
+			if made == nil {
+				dropped = cmp.Or(why, dropped)
 				continue
 			}
 			if have := found[made.Address]; have != nil {
@@ -115,7 +115,8 @@ func slicePorts(slice *discoveryv1.EndpointSlice, byName map[string]uint16) map[
 	return out
 }
 
-// endpoint decides what stands at an address. dropped says why nothing does.
+// endpoint decides what stands at an address. dropped says why nothing does, where
+// that is worth a word.
 //
 // A service with a selector has no endpoints but pods, and in the clear none but
 // those it selects: otherwise whoever can write an EndpointSlice could draw its
@@ -126,6 +127,8 @@ func (v *serviceView) endpoint(s *corev1.Service, e *discoveryv1.Endpoint, addre
 	selector := len(s.Spec.Selector) > 0
 	c, ok := v.standsAt(address, e.TargetRef)
 	switch {
+	case !ok && selector && v.between(e.TargetRef):
+		return nil, ""
 	case !ok && selector:
 		return nil, fmt.Sprintf("%q is the address of no pod, and the service has a selector; it is left out", address)
 	case !ok:
@@ -134,6 +137,16 @@ func (v *serviceView) endpoint(s *corev1.Service, e *discoveryv1.Endpoint, addre
 		return nil, fmt.Sprintf("%q is a pod that the service does not select and that can prove nothing; it is left out", address)
 	}
 	return &workloads.Endpoint{Workload: c.PodUID, Address: address, OutsideMesh: c.OutsideMesh && (selector || !declares)}, ""
+}
+
+// between reports whether a slice names a pod that is gone, or has no address yet:
+// slices and pods come separately, and for a moment one is ahead of the other.
+func (v *serviceView) between(ref *corev1.ObjectReference) bool {
+	if ref == nil || ref.Kind != "Pod" {
+		return false
+	}
+	w := v.of(string(ref.UID))
+	return w == nil || w.Address == ""
 }
 
 // standsAt finds the pod that has an address. The slice's word on that is taken

@@ -1,7 +1,9 @@
 package kube_test
 
 import (
+	"bytes"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -25,16 +27,17 @@ type scene struct {
 	t      *testing.T
 	client *fake.Clientset
 	inv    *kube.Inventory
+	log    *bytes.Buffer // to be read when nothing changes any more
 }
 
 func newScene(t *testing.T, objects ...runtime.Object) *scene {
 	t.Helper()
-	s := &scene{t: t, client: fake.NewClientset(objects...)}
+	s := &scene{t: t, client: fake.NewClientset(objects...), log: &bytes.Buffer{}}
 	i, err := kube.NewInformers(kube.InformersConfig{Kubernetes: s.client, Dynamic: dynamicfake.NewSimpleDynamicClient(runtime.NewScheme())})
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.inv = kube.NewInventory(kube.InventoryConfig{Informers: i})
+	s.inv = kube.NewInventory(kube.InventoryConfig{Informers: i, Log: slog.New(slog.NewTextHandler(s.log, nil))})
 	if s.inv.Current() != nil {
 		t.Error("something is known before Run")
 	}
@@ -382,5 +385,32 @@ func TestChanges(t *testing.T) {
 	s.become(podOrders0)
 	if uid := s.inv.Current().Workloads[0].PodUID; uid != "uid-again" {
 		t.Errorf("UID %s", uid)
+	}
+}
+
+// TestLeftOut: what is left out is said once, unless it is only the moment between
+// a pod and the slice that names it.
+func TestLeftOut(t *testing.T) {
+	tests := map[string]struct {
+		objects []runtime.Object
+		want    string // in the log; empty: nothing is
+	}{
+		"a pod that is gone": {[]runtime.Object{svc("shop", "orders", "orders"), sliceOf("shop", "orders", nil, endpoint{"10.0.0.1", "uid-gone"})}, ""},
+		"a pod without an address yet": {[]runtime.Object{meshPod("shop", "orders-1", "orders", ""), svc("shop", "orders", "orders"),
+			sliceOf("shop", "orders", nil, endpoint{"10.0.0.1", "uid-orders-1"})}, ""},
+		"an address that a pod does not have": {[]runtime.Object{meshPod("shop", "orders-1", "orders", "10.0.0.1"), svc("shop", "orders", "orders"),
+			sliceOf("shop", "orders", nil, endpoint{"192.0.2.1", "uid-orders-1"})}, "192.0.2.1"},
+		"an address of nobody":     {[]runtime.Object{svc("shop", "orders", "orders"), sliceOf("shop", "orders", nil, endpoint{"192.0.2.1", ""})}, "192.0.2.1"},
+		"a name that is none":      {[]runtime.Object{meshPod("shop", "bad", "Not_A_Name", "10.0.0.2")}, "Not_A_Name"},
+		"an identity that is none": {[]runtime.Object{svc("shop", "orders", "", declares("https://x"))}, "https://x"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			log := newScene(t, tt.objects...).log.String()
+			if tt.want == "" && log != "" || strings.Count(log, "level=WARN") > 1 || !strings.Contains(log, tt.want) {
+				t.Errorf("log: %s", log)
+			}
+		})
 	}
 }

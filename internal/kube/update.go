@@ -135,7 +135,7 @@ func (u *update) service(key string) (changed bool) {
 	var next *workloads.Service
 	var named []string
 	if s.object != nil {
-		view := &serviceView{domain: u.cfg.ClusterDomain, at: u.at, selected: u.selectedBy(s.object)}
+		view := &serviceView{domain: u.cfg.ClusterDomain, at: u.at, of: u.of, selected: u.selectedBy(s.object)}
 		if found, err := u.cfg.Informers.endpoints.ByIndex(indexService, key); err == nil {
 			for _, o := range found {
 				if slice, ok := o.(*discoveryv1.EndpointSlice); ok {
@@ -233,6 +233,14 @@ func (u *update) at(address string) []candidate {
 		return 1
 	})
 	return out
+}
+
+// of returns the live workload with a UID, nil if there is none.
+func (u *update) of(uid string) *workloads.Workload {
+	if c := u.pods[uid]; c != nil {
+		return c.Workload
+	}
+	return nil
 }
 
 // selectorIndex finds the services of a namespace that select given labels, by
