@@ -29,7 +29,8 @@ func (in *Installer) apply(ctx context.Context, o *unstructured.Unstructured) er
 		return err
 	}
 	if live != nil {
-		if by := live.GetLabels()[labelManagedBy]; by != "" && by != manager {
+		// What a former installation left behind is taken over, whoever that was by.
+		if by := live.GetLabels()[labelManagedBy]; by != "" && by != manager && !kept(live) {
 			return &ConflictError{Object: r.String(), Manager: by}
 		}
 		if o, err = keepLive(o, live); err != nil {

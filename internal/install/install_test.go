@@ -159,6 +159,24 @@ func TestSomebodyElses(t *testing.T) {
 	}
 }
 
+// What another installation left behind on purpose is taken over, as it is.
+func TestLeftBehind(t *testing.T) {
+	c := newCluster(t, object("v1", "Secret", namespace, "castellan-ca", map[string]any{
+		"metadata": map[string]any{
+			"labels": map[string]any{"app.kubernetes.io/managed-by": "Helm"}, "annotations": map[string]any{"helm.sh/resource-policy": "keep"},
+		},
+		"data": map[string]any{"root.pem": "cm9vdA=="},
+	}))
+	if got := outcome(t, c.installer(t).Precheck(t.Context(), render(t, "")), "existing installation"); got.Status != install.OK {
+		t.Errorf("%+v", got)
+	}
+	mustInstall(t, c, "")
+	secret := c.get(t, "", "secrets", namespace, "castellan-ca")
+	if data, _, _ := unstructured.NestedStringMap(secret.Object, "data"); data["root.pem"] != "cm9vdA==" || secret.GetLabels()["app.kubernetes.io/managed-by"] != "castellan" {
+		t.Errorf("%v", secret.Object)
+	}
+}
+
 func taintedNode(name string) *corev1.Node {
 	return &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: name},

@@ -99,8 +99,8 @@ func (in *Installer) preExisting(ctx context.Context, r *Rendered, out *results)
 			out.unknown(check, err)
 			return
 		}
-		if live == nil {
-			continue
+		if live == nil || kept(live) {
+			continue // what a former installation left behind is taken over
 		}
 		if by := live.GetLabels()[labelManagedBy]; by != "" && by != manager {
 			out.fail(check, fmt.Sprintf("upgrade it with %s, or remove it first", by), "%s is managed by %s", refOf(o), by)

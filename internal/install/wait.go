@@ -100,12 +100,18 @@ func (in *Installer) ready(ctx context.Context, r ref) error {
 		if err != nil || done {
 			return done, state, err
 		}
+		if state == unseen {
+			return false, "", nil // the pods that there are, are those of before
+		}
 		if why := in.whyNot(ctx, r); why != "" {
 			state += " (" + why + ")"
 		}
 		return false, state, nil
 	})
 }
+
+// unseen is the state of what its controller has not looked at yet.
+const unseen = "its controller has not looked yet"
 
 // rolledOut says how far a Deployment or DaemonSet is.
 func rolledOut(o *unstructured.Unstructured) (bool, string, error) {
@@ -135,7 +141,7 @@ func rolledOut(o *unstructured.Unstructured) (bool, string, error) {
 		observed, generation = d.Status.ObservedGeneration, d.Generation
 	}
 	if observed < generation {
-		return false, "its controller has not looked yet", nil
+		return false, unseen, nil
 	}
 	ready = min(ready, updated)
 	return ready >= want, fmt.Sprintf("%d of %d ready", ready, want), nil
