@@ -30,6 +30,8 @@ type Config struct {
 	// ChainDir holds a plugged-in chain in Istio's cacerts file names; empty
 	// means a root of our own.
 	ChainDir string
+	// ChainOfVolume says that ChainDir is a volume of a pod, whose files its group reads.
+	ChainOfVolume bool
 	// AllowUnconstrainedIssuer accepts a plugged-in CA without name constraints.
 	AllowUnconstrainedIssuer bool
 	// PermittedURI adds the trust domain as a permitted URI name constraint.

@@ -264,3 +264,17 @@ func leafOf(t *testing.T, e *env, p *plug) *x509.Certificate {
 	t.Helper()
 	return signCA(t, &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: e.clock.Now(), NotAfter: e.clock.Now().Add(day)}, p.mid, newKey(t), p.midKey)
 }
+
+// TestPluggedOfAVolume: in a pod the key's group may read it, as the pod does itself;
+// elsewhere that is refused.
+func TestPluggedOfAVolume(t *testing.T) {
+	e := newEnv(t, func(c *ca.Config) { c.AllowUnconstrainedIssuer = true })
+	newPlug(t, e).write(t, e)
+	if err := os.Chmod(filepath.Join(e.cfg.ChainDir, "ca-key.pem"), 0o440); err != nil {
+		t.Fatal(err)
+	}
+	_, err := e.TryOpen()
+	contains(t, err, "ca-key.pem holds a private key and may be read by others (mode 0440)")
+	e.cfg.ChainOfVolume = true
+	e.Open()
+}

@@ -142,7 +142,11 @@ func openPlugged(cfg Config) (_ *local, direct bool, err error) {
 		return nil, false, err
 	}
 	path := func(name string) string { return filepath.Join(cfg.ChainDir, name) }
-	key, err := readPluggedKey(path(pluggedKey))
+	read := disk.ReadSecret
+	if cfg.ChainOfVolume {
+		read = disk.ReadGroupSecret
+	}
+	key, err := readPluggedKey(path(pluggedKey), read)
 	if err != nil {
 		return nil, false, err
 	}
@@ -201,8 +205,8 @@ func readPlugged(dir string) (cert *x509.Certificate, above, roots []*x509.Certi
 	return own[0], above, roots, nil
 }
 
-func readPluggedKey(path string) (crypto.Signer, error) {
-	data, err := disk.ReadSecret(path)
+func readPluggedKey(path string, read func(string) ([]byte, error)) (crypto.Signer, error) {
+	data, err := read(path)
 	if err != nil {
 		return nil, fmt.Errorf("plugged-in chain: %w", err)
 	}

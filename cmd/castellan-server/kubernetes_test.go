@@ -123,8 +123,9 @@ func (c *clusterSite) connect() *grpc.ClientConn {
 	return c.dial(&tls.Config{RootCAs: roots, ServerName: "localhost"})
 }
 
+// token returns another one each time, as the API server does.
 func (c *clusterSite) token(p jwstest.Pod) string {
-	return c.issuer.PodToken(c.t, time.Now(), p, "castellan.dev")
+	return c.issuer.Sign(c.t, c.issuer.PodClaims(time.Now(), p, "castellan.dev").With(jwstest.Claims{"jti": rand.Text()}))
 }
 
 // ask asks for a certificate of a pod through the agent of a node.

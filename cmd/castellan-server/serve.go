@@ -170,7 +170,7 @@ func (p *program) openAuthority(ctx context.Context) (err error) {
 		Registerer:               p.registry,
 	}
 	if p.cluster != nil {
-		cfg.Keys = p.cluster.blobs
+		cfg.Keys, cfg.ChainOfVolume = p.cluster.blobs, true
 	}
 	if err := p.await(ctx, "the authority's keys", func(ctx context.Context) (err error) {
 		p.authority, err = ca.Open(ctx, cfg)

@@ -116,6 +116,20 @@ func ReadSecret(path string) ([]byte, error) {
 	return data, nil
 }
 
+// ReadGroupSecret is ReadSecret where the group may read, too: on Kubernetes the
+// files of a volume are root's, and its group is how a process that is not root
+// reads them at all. Nobody else is in that group but the pod.
+func ReadGroupSecret(path string) ([]byte, error) {
+	data, mode, err := read(path)
+	if err != nil {
+		return nil, err
+	}
+	if mode.Perm()&0o037 != 0 {
+		return nil, fmt.Errorf("%s holds a private key and may be read by everybody or written by its group (mode %04o); set the volume's defaultMode to 0440", path, mode.Perm())
+	}
+	return data, nil
+}
+
 func read(path string) ([]byte, os.FileMode, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -106,3 +106,20 @@ func TestLockKeepsSecondOut(t *testing.T) {
 	}
 	again.Close()
 }
+
+func TestReadGroupSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "key.pem")
+	for mode, ok := range map[os.FileMode]bool{0o400: true, 0o440: true, 0o640: true, 0o600: true, 0o444: false, 0o604: false, 0o660: false, 0o450: false} {
+		_ = os.Remove(path)
+		if err := os.WriteFile(path, []byte("key"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		data, err := disk.ReadGroupSecret(path)
+		if ok != (err == nil) || ok && string(data) != "key" || !ok && !strings.Contains(err.Error(), "defaultMode to 0440") {
+			t.Errorf("mode %04o: %q, %v", mode, data, err)
+		}
+	}
+}
