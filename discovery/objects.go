@@ -4,10 +4,18 @@ import (
 	"bytes"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
+)
+
+const (
+	maxObjects = 20_000
+	// maxOfNamespace keeps one namespace's owner from using up what there is for all:
+	// what is beyond is refused there, and the others go on.
+	maxOfNamespace = 2_000
 )
 
 // Object is a policy as an API server has it.
@@ -56,8 +64,8 @@ func (o *Objects) Documents() ([]FileDocument, <-chan struct{}) {
 	o.changed = changed
 	switch {
 	case objects == nil: // not known (any more): what was, stays
-	case len(objects) > maxDocuments:
-		o.cfg.Log.Error("too many policies, those read before stay in force", slog.Int("policies", len(objects)), slog.Int("limit", maxDocuments))
+	case len(objects) > maxObjects:
+		o.cfg.Log.Error("too many policies, those read before stay in force", slog.Int("policies", len(objects)), slog.Int("limit", maxObjects))
 		o.docs = append(withoutNotices(o.docs), tooMany(len(objects)))
 	default:
 		o.read(objects)
@@ -79,6 +87,33 @@ func (o *Objects) read(objects []Object) {
 		docs = append(docs, d)
 	}
 	o.known, o.docs = known, docs
+	refuseExcess(docs)
+}
+
+// refuseExcess refuses the newest policies of namespaces that have too many.
+func refuseExcess(docs []FileDocument) {
+	counts := map[string]int{}
+	for i := range docs {
+		counts[docs[i].Ref.Namespace]++
+	}
+	for namespace, n := range counts {
+		if n <= maxOfNamespace {
+			continue
+		}
+		var at []int
+		for i := range docs {
+			if docs[i].Ref.Namespace == namespace {
+				at = append(at, i)
+			}
+		}
+		slices.SortStableFunc(at, func(a, b int) int {
+			return docs[a].Document.Metadata.CreationTimestamp.Compare(docs[b].Document.Metadata.CreationTimestamp)
+		})
+		for _, i := range at[maxOfNamespace:] {
+			docs[i] = docs[i].with(authz.Finding{Severity: authz.SeverityError, Field: "metadata.namespace", Value: namespace,
+				Reason: fmt.Sprintf("the namespace has %d policies, %d are allowed; the newest do not count", n, maxOfNamespace)})
+		}
+	}
 }
 
 // ReadObjects decodes objects. What is wrong with one is among its findings.
@@ -121,5 +156,5 @@ func withoutNotices(docs []FileDocument) []FileDocument {
 
 func tooMany(n int) FileDocument {
 	return FileDocument{notice: true, kept: true, Findings: []authz.Finding{{Severity: authz.SeverityError, Field: "cluster",
-		Reason: fmt.Sprintf("%d policies, %d are allowed; those read before stay in force", n, maxDocuments)}}}
+		Reason: fmt.Sprintf("%d policies, %d are allowed; those read before stay in force", n, maxObjects)}}}
 }

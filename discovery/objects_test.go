@@ -196,10 +196,10 @@ func TestObjects(t *testing.T) {
 	s.told(f, "pod-orders", "")
 	api.policies(good)
 	s.reach("shop/orders u1@1 accepted 1/1/0") // what it was told before, and acknowledged
-	api.policies(make([]discovery.Object, 10_001)...)
+	api.policies(make([]discovery.Object, 20_001)...)
 	s.eventually("a word on too many", func() bool {
 		return slices.ContainsFunc(s.policies().GetPolicies(), func(p *castellanv1.PolicyStatus) bool {
-			return len(p.GetFindings()) == 1 && strings.Contains(p.GetFindings()[0].GetReason(), "10001 policies, 10000 are allowed")
+			return len(p.GetFindings()) == 1 && strings.Contains(p.GetFindings()[0].GetReason(), "20001 policies, 20000 are allowed")
 		})
 	})
 	s.told(f, "pod-orders", "orders=frontend")
@@ -279,4 +279,32 @@ func TestRefusedByProxies(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.reach("shop/orders u1@1 accepted 1/0/1")
+}
+
+// TestNamespaceWithTooMany: whoever may write policies of one namespace cannot keep
+// those of others from counting, nor displace what is there.
+func TestNamespaceWithTooMany(t *testing.T) {
+	api := &apiServer{changed: make(chan struct{}), file: cluster()}
+	s := prepare(t, nil)
+	source := discovery.NewObjects(discovery.ObjectsConfig{Source: api, Mesh: s.mesh})
+	old := object(t, "u1", 1, strings.Replace(allow("zzz", "orders", "x"), "metadata: {", "metadata: {creationTimestamp: '2020-01-01T00:00:00Z', ", 1))
+	objects := []discovery.Object{old}
+	for i := range 2001 {
+		objects = append(objects, object(t, fmt.Sprint("m", i), 1, strings.Replace(allow(fmt.Sprint("m", i), "nobody", "x"), "metadata: {", "metadata: {creationTimestamp: '2021-01-01T00:00:00Z', ", 1)))
+	}
+	other := object(t, "u2", 1, strings.Replace(allow("other", "orders", "x"), "namespace: shop", "namespace: evil", 1))
+	api.policies(append(objects, other)...)
+	docs, _ := source.Documents()
+	refused := 0
+	for _, d := range docs {
+		if d.Refused() {
+			refused++
+			if d.UID == "u1" || d.UID == "u2" {
+				t.Errorf("%s was displaced: %v", d.Ref, d.Findings)
+			}
+		}
+	}
+	if refused != 2 {
+		t.Errorf("%d refused of 2002 in one namespace", refused)
+	}
 }
