@@ -78,7 +78,7 @@ func TestDisruptUpgrade(t *testing.T) {
 			}
 			succeeds(t, from.web, control.Call{Kind: "tcp", URL: from.plain.addr(control.TCP), Body: "x"})
 		})
-		install(t, settings)
+		install(t, settings())
 	})
 	same()
 	if got := images(t); !slices.Equal(got, before) {

@@ -84,7 +84,7 @@ func TestDisruptUninstall(t *testing.T) {
 		// Pods start, without a proxy, in namespaces that are labelled.
 		namespace(t, "uninstalled", injected)
 		one(t, "uninstalled", pod{Name: "app"})
-		install(t, settings)
+		install(t, settings())
 	})
 	after, err := roots()
 	if err != nil || !before.Equal(after) {
@@ -103,7 +103,7 @@ func TestDisruptUninstall(t *testing.T) {
 	untainted(t)
 
 	istioCRDs(t)
-	install(t, settings)
+	install(t, settings())
 	for _, name := range []string{"authorizationpolicies", "peerauthentications", "requestauthentications"} {
 		var crd struct {
 			Metadata struct{ Labels, Annotations map[string]string }

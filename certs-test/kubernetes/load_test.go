@@ -18,6 +18,8 @@ type loads struct {
 	apps []*app
 	ids  []string
 	what []string
+	// stopped: there is nothing left to stop.
+	stopped bool
 }
 
 // startLoad calls a service from each of the callers, by every protocol, over
@@ -25,6 +27,13 @@ type loads struct {
 func startLoad(t *testing.T, host string, from ...*app) *loads {
 	t.Helper()
 	l := &loads{t: t}
+	t.Cleanup(func() {
+		if !l.stopped {
+			for i := range l.ids {
+				_, _ = l.report(i, "DELETE")
+			}
+		}
+	})
 	for _, caller := range from {
 		for _, load := range []control.Load{
 			{Every: 20 * time.Millisecond, Call: control.Call{Kind: "http", URL: "http://" + host + "/"}},
@@ -32,12 +41,14 @@ func startLoad(t *testing.T, host string, from ...*app) *loads {
 			{Every: 50 * time.Millisecond, Call: control.Call{Kind: "grpc", URL: host + ":9090"}},
 			{Every: 100 * time.Millisecond, Call: control.Call{Kind: "tcp", URL: host + ":9000", Body: "x"}},
 		} {
+			// What cannot be called at all is no matter of the load.
+			succeeds(t, caller, load.Call)
 			var id string
 			if err := caller.ask("POST", "/load", load, &id); err != nil {
 				t.Fatal(err)
 			}
 			l.apps, l.ids = append(l.apps, caller), append(l.ids, id)
-			l.what = append(l.what, fmt.Sprintf("%s: %s (new connections: %t)", caller.Name, load.Call.Kind, load.Call.Fresh))
+			l.what = append(l.what, fmt.Sprintf("%s: %s (new connections: %t)", caller.Name, load.Call.Kind, load.Call.Fresh || load.Call.Kind == "tcp"))
 		}
 	}
 	// Without an answer there is nothing that could fail later.
@@ -59,6 +70,7 @@ func (l *loads) report(i int, method string) (r control.Report, err error) {
 // stop ends the load, of which nothing may have failed.
 func (l *loads) stop() {
 	l.t.Helper()
+	l.stopped = true
 	for i := range l.ids {
 		r, err := l.report(i, "DELETE")
 		if err != nil {

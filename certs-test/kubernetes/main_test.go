@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -124,7 +125,8 @@ func prepare(ctx context.Context) error {
 	case "never":
 		return nil
 	default:
-		if installed() {
+		if was := installed(); was != "" {
+			tag = was
 			return nil
 		}
 	}
@@ -132,7 +134,7 @@ func prepare(ctx context.Context) error {
 		return err
 	}
 	step("Castellan's images are loaded")
-	out, err := castellan(ctx, append([]string{"install"}, settings...)...)
+	out, err := castellan(ctx, append([]string{"install"}, settings()...)...)
 	step("castellan install ended")
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, out)
@@ -149,7 +151,9 @@ var tag = func() string {
 }()
 
 // settings of the installation that the tests share.
-var settings = []string{"--timeout", "3m", "--set", "image.pullPolicy=Never", "--set", "image.tag=" + tag}
+func settings() []string {
+	return []string{"--timeout", "3m", "--set", "image.pullPolicy=Never", "--set", "image.tag=" + tag}
+}
 
 // steps says how long each step took.
 func steps() func(string) {
@@ -160,8 +164,20 @@ func steps() func(string) {
 	}
 }
 
-func installed() bool {
-	return api.get("/apis/apps/v1/namespaces/castellan-system/daemonsets/castellan-agent", nil) == nil
+// installed is the tag of the images that are installed, if any are.
+func installed() string {
+	var d struct {
+		Spec struct {
+			Template struct {
+				Spec struct{ Containers []struct{ Image string } }
+			}
+		}
+	}
+	if err := api.get("/apis/apps/v1/namespaces/castellan-system/daemonsets/castellan-agent", &d); err != nil || len(d.Spec.Template.Spec.Containers) == 0 {
+		return ""
+	}
+	_, was, _ := strings.Cut(d.Spec.Template.Spec.Containers[0].Image, ":")
+	return was
 }
 
 func needCluster(t testing.TB) {

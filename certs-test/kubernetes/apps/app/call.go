@@ -55,6 +55,16 @@ func httpClient(h2c bool) *http.Client {
 	return &http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
+func (c *caller) close() {
+	c.http1.CloseIdleConnections()
+	c.h2c.CloseIdleConnections()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, conn := range c.grpc {
+		conn.Close()
+	}
+}
+
 // call makes one call.
 func (c *caller) call(ctx context.Context, call control.Call) (r control.Result) {
 	timeout := 10 * time.Second

@@ -16,6 +16,7 @@ import (
 type load struct {
 	stop context.CancelFunc
 	all  sync.WaitGroup
+	own  *caller // with connections of its own
 
 	mu     sync.Mutex
 	report control.Report
@@ -86,7 +87,7 @@ func (c *caller) own(w http.ResponseWriter, r *http.Request, get func(context.Co
 
 func (c *caller) start(l control.Load) string {
 	ctx, cancel := context.WithCancel(context.Background())
-	running := &load{stop: cancel}
+	running := &load{stop: cancel, own: newCaller(c.started, c.source)}
 	c.mu.Lock()
 	c.next++
 	id := fmt.Sprint(c.next)
@@ -98,7 +99,7 @@ func (c *caller) start(l control.Load) string {
 			defer ticks.Stop()
 			for ctx.Err() == nil {
 				// A call that was begun is finished: being stopped is no failure.
-				running.count(c.call(context.Background(), l.Call))
+				running.count(running.own.call(context.Background(), l.Call))
 				select {
 				case <-ctx.Done():
 				case <-ticks.C:
@@ -138,6 +139,7 @@ func (c *caller) tell(w http.ResponseWriter, id string, end bool) {
 	if end {
 		l.stop()
 		l.all.Wait()
+		l.own.close()
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
