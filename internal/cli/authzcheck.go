@@ -94,6 +94,7 @@ Exit code 2 where something is not enforced as it is written.
 		Args: oneArg("a pod"),
 	}
 	target := e.targetFlags(cmd)
+	cmd.ValidArgsFunction = target.kube.completePods("", cobra.ShellCompDirectiveNoFileComp)
 	meshFile := cmd.Flags().String("mesh", "", "`FILE` with mesh settings: YAML, the keys of the server's mesh section at top level")
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)

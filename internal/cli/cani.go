@@ -182,6 +182,10 @@ func (e *env) sceneOf(ctx context.Context, q *canI, t *target) (*scene, error) {
 			namespace = ns
 		}
 	}
+	// And so does a host name: SERVICE.NAMESPACE, whatever follows.
+	if labels := strings.Split(q.to, "."); len(labels) > 1 && !strings.Contains(q.to, "/") && *t.kube.flags.Namespace == "" {
+		namespace = labels[1]
+	}
 	return e.clusterScene(ctx, t.kube, namespace, q.files, q.meshFile)
 }
 

@@ -193,6 +193,11 @@ func TestCanIOnCluster(t *testing.T) {
 	deny := writeFile(t, "deny.yaml", []byte(policyOf("none", "{}")))
 	c.canI("--to", "orders", "-n", "shop", "-f", deny).want(t, 2, "no ALLOW rule matches")
 
+	// Names that say their namespace themselves.
+	c.canI("--to", "orders.empty.svc").want(t, 3, `--to "orders.empty.svc" is neither`)
+	c.run("authz", "can-i", "--context", "elsewhere", "--from", "shop/frontend", "--to", "orders.shop").want(t, 0)
+	c.run("authz", "can-i", "--context", "elsewhere", "--from", "shop/frontend", "--to", "orders").want(t, 3, `in namespace default`)
+
 	c.canI("--to", "nosuch").want(t, 3, `--to "nosuch" is neither a workload nor a service of this mesh`)
 	c.canI("--to", "pod/nosuch").want(t, 3, `--to "pod/nosuch"`)
 	c.canI("--to", "empty/orders").want(t, 3, `--to "empty/orders" is neither`)

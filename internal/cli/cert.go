@@ -42,6 +42,7 @@ a name is ./pod/NAME.`,
 	format := outputFlag(cmd, formats...)
 	options.addFlags(cmd)
 	mesh := addMeshFlags(cmd)
+	cmd.ValidArgsFunction = mesh.completePods("pod/", cobra.ShellCompDirectiveDefault)
 	cmd.Flags().Var(&within, "expires-within", "exit 2 unless every certificate outlives this duration (10m, 36h, 7d)")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*format, formats...); err != nil {

@@ -43,6 +43,7 @@ Exit code 2, and nothing is written, unless callers take the chain for the pod's
 		Args: cobra.MaximumNArgs(1),
 	}
 	mesh := addMeshFlags(cmd)
+	cmd.ValidArgsFunction = mesh.completePods("pod/", cobra.ShellCompDirectiveNoFileComp)
 	// --write is what --out was called at first.
 	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		if name == "write" {

@@ -57,7 +57,7 @@ kind: Config
 current-context: test
 clusters: [{name: test, cluster: {server: %q}}]
 users: [{name: test, user: {}}]
-contexts: [{name: test, context: {cluster: test, user: test, namespace: shop}}]
+contexts: [{name: test, context: {cluster: test, user: test, namespace: shop}}, {name: elsewhere, context: {cluster: test, user: test}}]
 `, s.URL)))
 	return c
 }
@@ -244,6 +244,21 @@ func TestCAOnCluster(t *testing.T) {
 	c.run("ca", "issued").want(t, 1, `cannot create resource "pods/exec"`, "this needs the verb create on pods/exec in namespace castellan-system")
 	c.forbid(castellanPods)
 	c.run("ca", "status").want(t, 1, "this needs the verb list on pods in namespace castellan-system")
+}
+
+func TestCompletePods(t *testing.T) {
+	c := newCluster(t)
+	c.shop()
+	for _, args := range [][]string{{"cert", "inspect", "pod/ord"}, {"cert", "fetch", "-n", "shop", "pod/ord"}, {"authz", "check", "ord"}, {"proxy", "status", "ord"}} {
+		r := c.run(append([]string{"__complete"}, args...)...).want(t, 0, "orders-1\n", "orders-2\n")
+		if strings.Contains(r.out, "legacy") {
+			t.Errorf("%q: %s", args, r.out)
+		}
+	}
+	c.forbid("/api/v1/namespaces/shop/pods")
+	if r := c.run("__complete", "authz", "check", "ord").want(t, 0); strings.Contains(r.out, "forbidden") {
+		t.Errorf("%s", r.out)
+	}
 }
 
 // Which mesh is meant: flags decide, then what is here, then kubectl's cluster.

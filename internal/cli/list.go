@@ -83,13 +83,14 @@ func (t *tableWriter) flush() error {
 	}
 	var b bytes.Buffer
 	for _, row := range t.rows {
+		var line strings.Builder
 		for i, cell := range row {
-			b.WriteString(cell)
+			line.WriteString(cell)
 			if i < len(row)-1 {
-				b.WriteString(strings.Repeat(" ", t.widths[i]-utf8.RuneCountInString(cell)+2))
+				line.WriteString(strings.Repeat(" ", t.widths[i]-utf8.RuneCountInString(cell)+2))
 			}
 		}
-		b.WriteByte('\n')
+		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
 	}
 	t.rows = t.rows[:0]
 	if _, err := t.w.Write(b.Bytes()); err != nil {

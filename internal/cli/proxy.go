@@ -48,6 +48,7 @@ code 2 unless each is SYNCED; else it is
 		Args: cobra.MaximumNArgs(1),
 	}
 	target := e.targetFlags(cmd)
+	cmd.ValidArgsFunction = target.kube.completePods("", cobra.ShellCompDirectiveNoFileComp)
 	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "go on: print a line whenever one changes, until Ctrl-C")
 	formats := []string{"table", "json", "yaml"}
 	format := outputFlag(cmd, formats...)
