@@ -71,15 +71,7 @@ something fails; each failure comes with a hint.
 		if err != nil {
 			return err
 		}
-		if *format != "table" {
-			err = writeData(e.out, *format, results)
-		} else {
-			err = e.printChecks(results)
-		}
-		if err == nil && failed(results) {
-			err = errNegative
-		}
-		return err
+		return e.report(results, *format)
 	}
 	return cmd
 }

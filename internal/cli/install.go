@@ -139,8 +139,10 @@ Secrets and volumes of a former installation are used as they are.`,
 	cmd.Flags().StringVar(&kubeVersion, "kube-version", install.TestedKubernetes, "version of the cluster, for --dry-run")
 	cmd.Flags().BoolVar(&wait, "wait", true, "wait for each part to be ready before the next, and check at the end")
 	cmd.Flags().BoolVar(&skipChecks, "skip-checks", false, "install although a check before it fails")
+	formats := []string{"table", "json", "yaml"}
+	format := outputFlag(cmd, formats...)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := flags.check(); err != nil {
+		if err := errors.Join(flags.check(), checkOutput(*format, formats...)); err != nil {
 			return err
 		}
 		values, err := from.read(e.in)
@@ -160,54 +162,56 @@ Secrets and volumes of a former installation are used as they are.`,
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), flags.timeout)
 		defer cancel()
-		return e.install(ctx, flags, opts, wait, skipChecks)
+		results, err := e.install(ctx, flags, opts, wait, skipChecks)
+		if err != nil || results == nil {
+			return err
+		}
+		return e.report(results, *format)
 	}
 	return cmd
 }
 
-func (e *env) install(ctx context.Context, flags *installFlags, opts install.Options, wait, skipChecks bool) error {
+// report prints the outcomes of checks; it fails when one of them did.
+func (e *env) report(results []checkResult, format string) error {
+	var err error
+	if format != "table" {
+		err = writeData(e.out, format, results)
+	} else {
+		err = e.printChecks(results)
+	}
+	if err == nil && failed(results) {
+		err = errNegative
+	}
+	return err
+}
+
+// install returns the outcomes of the checks that did not let it begin, or of those
+// at its end.
+func (e *env) install(ctx context.Context, flags *installFlags, opts install.Options, wait, skipChecks bool) ([]checkResult, error) {
 	in, err := e.installer(flags)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if opts.KubeVersion, err = in.KubeVersion(); err != nil {
-		return err
+		return nil, err
 	}
 	r, err := renderChart(opts)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if !skipChecks {
-		if err := e.mustPass(in.Precheck(ctx, r)); err != nil {
-			return err
+		bad := slices.DeleteFunc(in.Precheck(ctx, r), func(r checkResult) bool { return r.Status == checkOK })
+		if failed(bad) {
+			return bad, nil
+		}
+		for _, warning := range bad {
+			fmt.Fprintf(e.err, "warning: %s: %s (%s)\n", visible(warning.Check), visible(warning.Message), visible(warning.Hint))
 		}
 	}
-	if err := in.Install(ctx, r, wait); err != nil {
-		return err
+	if err := in.Install(ctx, r, wait); err != nil || !wait {
+		return nil, err
 	}
-	if !wait {
-		return nil
-	}
-	results := in.Check(ctx)
-	if err := e.printChecks(results); err != nil {
-		return err
-	}
-	if failed(results) {
-		return errNegative
-	}
-	return nil
-}
-
-// mustPass prints the checks that did not pass, and fails when one of them failed.
-func (e *env) mustPass(results []checkResult) error {
-	bad := slices.DeleteFunc(results, func(r checkResult) bool { return r.Status == checkOK })
-	if err := e.printChecks(bad); err != nil {
-		return err
-	}
-	if failed(bad) {
-		return errNegative
-	}
-	return nil
+	return in.Check(ctx), nil
 }
 
 func failed(results []checkResult) bool {

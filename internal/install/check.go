@@ -2,6 +2,7 @@ package install
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -17,8 +18,10 @@ type cluster struct {
 	inventory *Inventory
 	nodes     []corev1.Node
 	pods      []corev1.Pod
-	// namespaces by name.
+	// namespaces are the labels of each.
 	namespaces map[string]map[string]string
+	// noNodes and noPods say why these are not known.
+	noNodes, noPods error
 }
 
 // Check says whether what is installed is well, by what the API server knows. It
@@ -52,20 +55,23 @@ func (in *Installer) view(ctx context.Context) (*cluster, error) {
 	if v.inventory, err = in.readInventory(ctx); err != nil {
 		return nil, err
 	}
-	nodes, err := in.cfg.Kubernetes.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, fmt.Errorf("nodes: %w", err)
+	// Who may read only a part is told of that part.
+	if nodes, err := in.cfg.Kubernetes.CoreV1().Nodes().List(ctx, metav1.ListOptions{}); err != nil {
+		v.noNodes = fmt.Errorf("nodes: %w", err)
+	} else {
+		v.nodes = nodes.Items
 	}
-	v.nodes = nodes.Items
-	namespaces, err := in.cfg.Kubernetes.CoreV1().Namespaces().List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, fmt.Errorf("namespaces: %w", err)
+	if namespaces, err := in.cfg.Kubernetes.CoreV1().Namespaces().List(ctx, metav1.ListOptions{}); err != nil {
+		v.noPods = fmt.Errorf("namespaces: %w", err)
+	} else {
+		for _, ns := range namespaces.Items {
+			v.namespaces[ns.Name] = ns.Labels
+		}
 	}
-	for _, ns := range namespaces.Items {
-		v.namespaces[ns.Name] = ns.Labels
+	if v.pods, err = in.pods(ctx); err != nil {
+		v.noPods = err
 	}
-	v.pods, err = in.pods(ctx)
-	return v, err
+	return v, nil
 }
 
 // of returns our own pods of a component.
@@ -156,6 +162,10 @@ func (in *Installer) checkRollout(ctx context.Context, check string, r ref, out 
 func (in *Installer) checkAgents(ctx context.Context, v *cluster, out *results) {
 	r := ref{Kind: "DaemonSet", Namespace: in.cfg.Namespace, Name: "castellan-agent"}
 	in.checkRollout(ctx, "agents", r, out)
+	if err := errors.Join(v.noNodes, v.noPods); err != nil {
+		out.unknown("agent on each node", err)
+		return
+	}
 	ready := map[string]bool{}
 	for _, pod := range v.of(in.cfg.Namespace, r.Name) {
 		if podReady(pod) {
@@ -196,6 +206,10 @@ func (in *Installer) checkDriver(ctx context.Context, v *cluster, out *results) 
 		out.fail(check, "castellan install", "the CSIDriver %s does not exist", Driver)
 		return
 	}
+	if v.noPods != nil {
+		out.unknown(check, v.noPods)
+		return
+	}
 	registered := map[string]bool{}
 	list, err := in.cfg.Kubernetes.StorageV1().CSINodes().List(ctx, metav1.ListOptions{})
 	if err != nil {
@@ -223,6 +237,10 @@ func (in *Installer) checkDriver(ctx context.Context, v *cluster, out *results) 
 
 func (in *Installer) checkTaints(_ context.Context, v *cluster, out *results) {
 	const check = "node taints"
+	if v.noNodes != nil {
+		out.unknown(check, v.noNodes)
+		return
+	}
 	var list []string
 	for i := range v.nodes {
 		if tainted(&v.nodes[i]) {
@@ -259,6 +277,10 @@ func (in *Installer) checkKeys(ctx context.Context, _ *cluster, out *results) {
 // checkVersions: server, agents and sidecars are of one version.
 func (in *Installer) checkVersions(_ context.Context, v *cluster, out *results) {
 	const check = "versions"
+	if v.noPods != nil {
+		out.unknown(check, v.noPods)
+		return
+	}
 	want := ""
 	for _, pod := range v.of(in.cfg.Namespace, "castellan-server") {
 		want = tagOf(pod.Spec.Containers, "castellan-server")

@@ -4,15 +4,19 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
+	"errors"
 	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	clienttesting "k8s.io/client-go/testing"
 
 	"castellan.dev/internal/install"
 	"castellan.dev/internal/tlsconf/tlsconftest"
@@ -140,6 +144,20 @@ func TestCheckNothing(t *testing.T) {
 	got := newCluster(t).installer(t).Check(t.Context())
 	if len(got) != 1 || got[0].Status != install.Failed || !strings.Contains(got[0].Message, "Castellan is not in namespace castellan-system") {
 		t.Errorf("%+v", got)
+	}
+}
+
+// Who may not read the nodes is told what of the rest is well.
+func TestCheckInPart(t *testing.T) {
+	r := well(t)
+	r.typed.PrependReactor("list", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
+		return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "nodes"}, "", errors.New("no"))
+	})
+	list := r.installer(t).Check(t.Context())
+	for check, status := range map[string]string{"node taints": install.Failed, "agent on each node": install.Failed, "server": install.OK, "sidecars": install.OK, "versions": install.OK} {
+		if got := outcome(t, list, check); got.Status != status {
+			t.Errorf("%+v", got)
+		}
 	}
 }
 

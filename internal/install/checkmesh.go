@@ -17,6 +17,10 @@ import (
 // the sidecars are ready.
 func (in *Installer) checkInjection(_ context.Context, v *cluster, out *results) {
 	const check = "sidecars"
+	if v.noPods != nil {
+		out.unknown(check, v.noPods)
+		return
+	}
 	var without, unready []string
 	with, bad := 0, false
 	for i := range v.pods {

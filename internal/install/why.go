@@ -113,10 +113,15 @@ func (in *Installer) lastWarning(ctx context.Context, pod *corev1.Pod) string {
 	events, err := in.cfg.Kubernetes.CoreV1().Events(pod.Namespace).List(ctx, metav1.ListOptions{
 		FieldSelector: "involvedObject.uid=" + string(pod.UID) + ",type=" + corev1.EventTypeWarning,
 	})
-	if err != nil || len(events.Items) == 0 {
+	if err != nil {
 		return ""
 	}
-	last := slices.MaxFunc(events.Items, func(a, b corev1.Event) int { return a.LastTimestamp.Compare(b.LastTimestamp.Time) })
+	// That a probe failed is known; why is in its own word.
+	list := slices.DeleteFunc(events.Items, func(e corev1.Event) bool { return e.Reason == "Unhealthy" })
+	if len(list) == 0 {
+		return ""
+	}
+	last := slices.MaxFunc(list, func(a, b corev1.Event) int { return a.LastTimestamp.Compare(b.LastTimestamp.Time) })
 	return shorten(last.Reason, last.Message)
 }
 
