@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"fmt"
+	"reflect"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
@@ -100,7 +101,7 @@ func checkVolumes(p *corev1.Pod, o *options) error {
 		v := &p.Spec.Volumes[i]
 		isCSI := v.CSI != nil && v.CSI.Driver == csiDriver
 		switch {
-		case v.Name == volumeSocket && !isCSI, v.Name == volumeNoToken && v.EmptyDir == nil:
+		case v.Name == volumeSocket && !isCSI, v.Name == volumeNoToken && !reflect.DeepEqual(*v, noToken()):
 			return refusef(fmt.Sprintf("spec.volumes[%d].name", i), v.Name, "this name is the sidecar's; rename the volume")
 		case isCSI:
 			ours[v.Name] = true

@@ -148,12 +148,25 @@ func confined(id int64) *corev1.SecurityContext {
 	}
 }
 
+// noToken stands in the place of the pod's token in our containers. It holds what
+// else Kubernetes puts there, the name of the namespace. An emptyDir would count as
+// local data, which keeps pods from being drained and nodes from being scaled down.
+func noToken() corev1.Volume {
+	mode := int32(0o444)
+	return corev1.Volume{Name: volumeNoToken, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+		DefaultMode: &mode,
+		Sources: []corev1.VolumeProjection{{DownwardAPI: &corev1.DownwardAPIProjection{Items: []corev1.DownwardAPIVolumeFile{
+			{Path: "namespace", FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: "metadata.namespace"}},
+		}}}},
+	}}}
+}
+
 // addVolumes puts each of ours where it stands already, or last.
 func addVolumes(p *corev1.Pod) {
 	readOnly := true
 	for _, v := range []corev1.Volume{
 		{Name: volumeSocket, VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: csiDriver, ReadOnly: &readOnly}}},
-		{Name: volumeNoToken, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
+		noToken(),
 	} {
 		if i := slices.IndexFunc(p.Spec.Volumes, func(have corev1.Volume) bool { return have.Name == v.Name }); i >= 0 {
 			p.Spec.Volumes[i] = v
