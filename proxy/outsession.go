@@ -31,7 +31,11 @@ func (s *outboundSession) Begin(r *engine.Request) engine.Verdict {
 	case refused != nil && anonymous:
 		return s.fail(x, 503, bodyNoIdentity, failedNoOwn)
 	case refused != nil:
-		return s.fail(x, refused.Status, bodyNoDestination, refused.Reason)
+		v := s.fail(x, refused.Status, bodyNoDestination, refused.Reason)
+		// A service made anew has another address: the application finds it when it
+		// looks the name up again, which it does for a new connection only.
+		v.Close = s.out.original.IsValid() && refused.Reason == failedUnknown
+		return v
 	}
 	x.port, x.endpoint, x.only = at.port, at.endpoint, at.endpoint != nil
 	want := s.out.wants(st)
