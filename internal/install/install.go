@@ -91,6 +91,10 @@ func (in *Installer) Install(ctx context.Context, r *Rendered, wait bool) error 
 	if err := in.installCRDs(ctx, r.CRDs); err != nil {
 		return err
 	}
+	// Webhooks that will not be answered any more go before what answers them.
+	if err := in.prune(ctx, ofStage(old.Objects, stageWebhooks), now); err != nil {
+		return err
+	}
 	for _, s := range []stage{stageGround, stageServer, stageAgent, stageWebhooks} {
 		if err := in.installStage(ctx, s, r.Objects, wait); err != nil {
 			return err
@@ -99,8 +103,25 @@ func (in *Installer) Install(ctx context.Context, r *Rendered, wait bool) error 
 	if err := in.prune(ctx, old.Objects, now); err != nil {
 		return err
 	}
+	if err := in.forgetTaints(ctx, r); err != nil {
+		return err
+	}
 	inv.Objects = now
 	return in.writeInventory(ctx, inv)
+}
+
+// forgetTaints takes our taint from the nodes where the server is no longer to keep
+// it, nor allowed to.
+func (in *Installer) forgetTaints(ctx context.Context, r *Rendered) error {
+	cfg, err := serverConfig(r)
+	if err != nil || cfg.Kubernetes == nil || cfg.Kubernetes.KeepNodesTainted {
+		return err
+	}
+	return in.untaint(ctx)
+}
+
+func ofStage(list []ref, s stage) []ref {
+	return slices.DeleteFunc(slices.Clone(list), func(r ref) bool { return kinds[r.Kind].stage != s })
 }
 
 func without(list, those []ref) []ref {

@@ -118,6 +118,29 @@ func TestPrune(t *testing.T) {
 	}
 }
 
+// Webhooks that are turned off go before the server that answered them, and the
+// taint goes with the permission to keep it.
+func TestTurnedOff(t *testing.T) {
+	c := newCluster(t, taintedNode("node-1"))
+	mustInstall(t, c, "")
+	node, err := c.typed.CoreV1().Nodes().Get(t.Context(), "node-1", metav1.GetOptions{})
+	if err != nil || len(node.Spec.Taints) != 2 {
+		t.Errorf("the server's taint was taken away: %v %v", err, node.Spec.Taints)
+	}
+	c.dynamic.ClearActions()
+	mustInstall(t, c, "injection: {enabled: false}\nvalidation: {enabled: false}\nagent: {taintNodes: false}")
+	writes := c.writes()
+	server := position(t, writes, "patch deployments castellan-server")
+	for _, what := range []string{"delete mutatingwebhookconfigurations castellan-sidecar-injector", "delete validatingwebhookconfigurations castellan-validator"} {
+		if position(t, writes, what) > server {
+			t.Errorf("%s comes too late in\n%s", what, strings.Join(writes, "\n"))
+		}
+	}
+	if node, err = c.typed.CoreV1().Nodes().Get(t.Context(), "node-1", metav1.GetOptions{}); err != nil || len(node.Spec.Taints) != 1 {
+		t.Errorf("the taint stays: %v %v", err, node.Spec.Taints)
+	}
+}
+
 // An installation that fails half-way has said beforehand what it may have made.
 func TestInterrupted(t *testing.T) {
 	c := newCluster(t)
