@@ -30,14 +30,20 @@ import (
 // Name is the driver's, in pods and in the CSIDriver object.
 const Name = "csi.castellan.dev"
 
-// Bounds of a node. A kubelet runs 110 pods by default and some hundreds at most.
+// Bounds of a node. A kubelet runs 110 pods by default and some hundreds at most; a
+// pod needs one volume, or one for each container that is to hold its identity.
 const (
-	maxVolumes = 1000
+	maxVolumes = 2000
+	// maxOfPod keeps the author of one pod from taking the places of a whole node.
+	maxOfPod = 16
 	// After a restart the kubelet publishes everything at once, and again some
 	// seconds later; else each volume about every minute.
 	publishBurst     = 4 * maxVolumes
 	publishPerSecond = 200
-	lockWait         = time.Minute
+	// Lines in the log about refusals: a kubelet tries each refused volume again.
+	refusalsPerSecond = 10
+	refusalBurst      = 100
+	lockWait          = time.Minute
 )
 
 // Config sets up a Driver.
@@ -64,7 +70,8 @@ type Driver struct {
 	cfg     Config
 	metrics *metrics
 	rate    *rate.Limiter
-	store   *store // set by Run, before anything is served
+	refused *rate.Limiter // lines in the log
+	store   *store        // set by Run, before anything is served
 
 	registered atomic.Pointer[registration]
 	owned      chan struct{} // closed once the state is ours alone
@@ -78,6 +85,7 @@ type Driver struct {
 // or not any more.
 type entry struct {
 	id, path string
+	podUID   string
 	turn     sync.Mutex // one call at a time
 	record   record
 	target   target
@@ -105,7 +113,7 @@ func New(cfg Config) (*Driver, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	d := &Driver{
-		cfg: cfg, rate: rate.NewLimiter(publishPerSecond, publishBurst),
+		cfg: cfg, rate: rate.NewLimiter(publishPerSecond, publishBurst), refused: rate.NewLimiter(refusalsPerSecond, refusalBurst),
 		volumes: map[string]*entry{}, targets: map[string]string{}, owned: make(chan struct{}),
 	}
 	d.metrics = newMetrics(cfg.Registerer, d.count)
@@ -177,7 +185,7 @@ func (d *Driver) restoreOne(r record) error {
 	if err != nil {
 		return err
 	}
-	e, err := d.enter(v.ID, v.Target)
+	e, err := d.enter(v.ID, v.Target, t.podUID)
 	if err != nil {
 		return err
 	}

@@ -32,9 +32,6 @@ func (n *node) NodeGetInfo(context.Context, *csiv1.NodeGetInfoRequest) (*csiv1.N
 // NodePublishVolume serves a pod, or takes the new token of one that is served. It
 // waits for no server: the certificate comes to whoever asks on the socket.
 func (n *node) NodePublishVolume(ctx context.Context, req *csiv1.NodePublishVolumeRequest) (*csiv1.NodePublishVolumeResponse, error) {
-	if !n.rate.Allow() {
-		return nil, status.Error(codes.ResourceExhausted, "too many volumes at once, try again")
-	}
 	r, err := readRequest(req, n.cfg.Audience)
 	if err != nil {
 		return nil, n.refuse(ctx, codes.InvalidArgument, req, err)
@@ -46,14 +43,19 @@ func (n *node) NodePublishVolume(ctx context.Context, req *csiv1.NodePublishVolu
 	case err != nil:
 		return nil, n.refuse(ctx, codes.InvalidArgument, req, err)
 	}
-	e, err := n.enter(v.ID, v.Target)
+	e, err := n.enter(v.ID, v.Target, t.podUID)
 	switch {
-	case errors.Is(err, errFull):
+	case errors.Is(err, errFull), errors.Is(err, errPodFull):
 		return nil, n.refuse(ctx, codes.ResourceExhausted, req, err)
 	case err != nil:
 		return nil, n.refuse(ctx, codes.FailedPrecondition, req, err)
 	}
 	defer n.leave(e)
+	// Not before: what is refused for good is tried again all the same, and must not
+	// use up what there is for others.
+	if !n.rate.Allow() {
+		return nil, status.Error(codes.ResourceExhausted, "too many volumes at once, try again")
+	}
 	if e.endpoint != nil && e.endpoint.Alive() {
 		n.renew(e, r, v)
 		return &csiv1.NodePublishVolumeResponse{}, nil
@@ -115,7 +117,7 @@ func (n *node) NodeUnpublishVolume(ctx context.Context, req *csiv1.NodeUnpublish
 		n.cfg.Log.WarnContext(ctx, "the kubelet ends a volume that is none of ours", "volume", slog.StringValue(id[:min(len(id), 128)]))
 		return &csiv1.NodeUnpublishVolumeResponse{}, nil
 	}
-	switch e, err := n.enter(id, req.GetTargetPath()); {
+	switch e, err := n.enter(id, req.GetTargetPath(), t.podUID); {
 	case err == nil:
 		defer n.leave(e)
 		if e.endpoint != nil {
@@ -157,6 +159,9 @@ func (d *Driver) clear(t target) error {
 // shows it in the pod's events.
 func (d *Driver) refuse(ctx context.Context, code codes.Code, req *csiv1.NodePublishVolumeRequest, err error) error {
 	vc := req.GetVolumeContext()
+	if !d.refused.Allow() {
+		return status.Error(code, err.Error())
+	}
 	d.cfg.Log.WarnContext(ctx, "volume refused", "volume", cut(req.GetVolumeId()), "namespace", cut(vc[contextNamespace]),
 		"pod", cut(vc[contextPod]), "pod_uid", cut(vc[contextUID]), "reason", err)
 	return status.Error(code, err.Error())

@@ -345,7 +345,7 @@ func TestFullNode(t *testing.T) {
 	}
 	all.Wait()
 	err := n.kubelet.Publish(t.Context(), pod("more"), token(pod("more")))
-	if st := status.Convert(err); st.Code() != codes.ResourceExhausted || st.Message() != "this node serves 1000 volumes already, which is the most" {
+	if st := status.Convert(err); st.Code() != codes.ResourceExhausted || st.Message() != fmt.Sprintf("this node serves %d volumes already, which is the most", csi.MaxVolumes) {
 		t.Errorf("one more: %v", err)
 	}
 	n.publish(pod("0")) // those there are go on
@@ -356,4 +356,34 @@ func TestFullNode(t *testing.T) {
 		t.Error(err)
 	}
 	n.publish(pod("more"))
+}
+
+// TestFullPod: one pod's author does not take the places of a node's other pods.
+func TestFullPod(t *testing.T) {
+	n := newNode(t)
+	volume := func(i int) csitest.Pod {
+		p := pod("greedy")
+		p.Volume = fmt.Sprint("v", i)
+		return p
+	}
+	for i := range csi.MaxOfPod {
+		n.publish(volume(i))
+	}
+	more := volume(csi.MaxOfPod)
+	err := n.kubelet.Publish(t.Context(), more, token(more))
+	if st := status.Convert(err); st.Code() != codes.ResourceExhausted || !strings.HasPrefix(st.Message(), "the pod has 16 volumes") {
+		t.Errorf("one more: %v", err)
+	}
+	n.publish(volume(0)) // its tokens are renewed
+	n.publish(pod("other"))
+	for _, p := range []csitest.Pod{more, volume(0)} {
+		if err := n.kubelet.Unpublish(t.Context(), p); err != nil {
+			t.Error(err)
+		}
+	}
+	n.publish(more)
+	n.restart()
+	if open, _ := n.host.count(); open != csi.MaxOfPod+1 {
+		t.Errorf("%d volumes are served after a restart", open)
+	}
 }
