@@ -21,6 +21,12 @@ const (
 	// maxConnectionsPerSource keeps one host from taking all of them. An agent needs
 	// two or three; many may stand behind one address.
 	maxConnectionsPerSource = 1024
+	// Of the webhooks: an API server sends all its reviews over a few connections.
+	maxReviewers          = 2048
+	maxReviewersPerSource = 256
+	// Of health and metrics.
+	maxObservers          = 1024
+	maxObserversPerSource = 128
 )
 
 // listeners are opened before anything else, so that a second server on the same
@@ -43,10 +49,12 @@ func listen(cfg *config.Server) (l listeners, err error) {
 	if l.http, err = listenTCP("http", cfg.HTTP); err != nil {
 		return l, err
 	}
+	l.http = limitSources(netutil.LimitListener(l.http, maxObservers), maxObserversPerSource)
 	if cfg.Webhook != nil {
 		if l.webhook, err = listenTCP("webhook.listen", cfg.Webhook.Listen); err != nil {
 			return l, err
 		}
+		l.webhook = limitSources(netutil.LimitListener(l.webhook, maxReviewers), maxReviewersPerSource)
 	}
 	l.admin, err = listenUnix("adminSocket", cfg.AdminSocket)
 	return l, err
