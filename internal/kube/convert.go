@@ -21,6 +21,10 @@ const (
 
 	// maxEndpoints bounds one service, and with it what it makes every proxy hold.
 	maxEndpoints = 5000
+	// maxPlaces bounds endpoints times the ports they serve, which a slice multiplies.
+	maxPlaces = 20_000
+	// maxServicePorts are those that count of one service.
+	maxServicePorts = 1000
 )
 
 // live reports whether a pod exists in the sense of trust rule 2: it is assigned
@@ -50,11 +54,11 @@ func workloadOf(p *corev1.Pod, selecting []*corev1.Service) (*workloads.Workload
 // themselves, by where they lead: who only writes EndpointSlices says nothing about
 // a receiver. Where services disagree, first bytes decide.
 func declared(p *corev1.Pod, selecting []*corev1.Service) []workloads.Port {
-	ports := map[uint16]string{}
+	ports, named := map[uint16]string{}, namedPorts(p)
 	for _, s := range selecting {
-		for i := range s.Spec.Ports {
+		for i := range s.Spec.Ports[:min(len(s.Spec.Ports), maxServicePorts)] {
 			sp := &s.Spec.Ports[i]
-			number, ok := target(p, sp)
+			number, ok := target(named, sp)
 			if !ok || !isTCP(sp.Protocol) {
 				continue
 			}
@@ -72,17 +76,24 @@ func declared(p *corev1.Pod, selecting []*corev1.Service) []workloads.Port {
 	return slices.Clip(out)
 }
 
-// target is the pod's port that a service's leads to.
-func target(p *corev1.Pod, sp *corev1.ServicePort) (uint16, bool) {
-	if name := sp.TargetPort.StrVal; name != "" {
-		for i := range p.Spec.Containers {
-			for _, cp := range p.Spec.Containers[i].Ports {
-				if cp.Name == name && isTCP(cp.Protocol) {
-					return portNumber(cp.ContainerPort)
-				}
+// namedPorts are a pod's TCP ports by name, the first of each: services' ports are
+// looked up in it, as either may have thousands.
+func namedPorts(p *corev1.Pod) map[string]int32 {
+	named := map[string]int32{}
+	for i := range p.Spec.Containers {
+		for _, cp := range p.Spec.Containers[i].Ports {
+			if _, ok := named[cp.Name]; !ok && cp.Name != "" && isTCP(cp.Protocol) {
+				named[cp.Name] = cp.ContainerPort
 			}
 		}
-		return 0, false
+	}
+	return named
+}
+
+// target is the pod's port that a service's leads to.
+func target(named map[string]int32, sp *corev1.ServicePort) (uint16, bool) {
+	if name := sp.TargetPort.StrVal; name != "" {
+		return portNumber(named[name])
 	}
 	if sp.TargetPort.IntVal != 0 {
 		return portNumber(sp.TargetPort.IntVal)
@@ -139,6 +150,9 @@ type serviceView struct {
 func serviceOf(s *corev1.Service, view *serviceView) (*workloads.Service, error) {
 	if s.Spec.Type == corev1.ServiceTypeExternalName {
 		return nil, nil
+	}
+	if len(s.Spec.Ports) > maxServicePorts {
+		return nil, fmt.Errorf("spec.ports: %d, %d are allowed", len(s.Spec.Ports), maxServicePorts)
 	}
 	out := &workloads.Service{Namespace: s.Namespace, Name: s.Name, Accounts: []identity.Account{}}
 	byName := map[string]uint16{}

@@ -35,6 +35,7 @@ func parseDeclared(name string) (string, bool) {
 // that was left out.
 func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byName map[string]uint16, declares bool) (dropped string) {
 	found := map[string]*workloads.Endpoint{} // by address
+	anyReady, places := v.anyReady(), 0
 	for _, slice := range v.slices {
 		ports := slicePorts(slice, byName)
 		if slice.AddressType == discoveryv1.AddressTypeFQDN || len(ports) == 0 {
@@ -42,7 +43,7 @@ func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byNam
 		}
 		for i := range slice.Endpoints {
 			e := &slice.Endpoints[i]
-			if !inUse(e, v.slices) || len(e.Addresses) == 0 {
+			if !inUse(e, anyReady) || len(e.Addresses) == 0 {
 				continue
 			}
 			// A slice's addresses of one endpoint are interchangeable; the first stands
@@ -57,6 +58,9 @@ func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byNam
 				dropped = cmp.Or(why, dropped)
 				continue
 			}
+			if places += len(ports); places > maxPlaces {
+				return v.listed(out, found, fmt.Sprintf("%q is left out, and what follows: %d times the ports they serve are allowed", made.Address, maxPlaces))
+			}
 			if have := found[made.Address]; have != nil {
 				maps.Copy(have.Ports, ports) // ports of one endpoint may be spread over slices
 				continue
@@ -69,6 +73,11 @@ func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byNam
 			found[made.Address] = made
 		}
 	}
+	return v.listed(out, found, dropped)
+}
+
+// listed puts the endpoints that were found into the service.
+func (v *serviceView) listed(out *workloads.Service, found map[string]*workloads.Endpoint, dropped string) string {
 	for _, e := range found {
 		out.Endpoints = append(out.Endpoints, *e)
 	}
@@ -78,20 +87,25 @@ func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byNam
 
 // inUse is kube-proxy's rule: ready endpoints, or where a service has none, those
 // that still serve while they end.
-func inUse(e *discoveryv1.Endpoint, all []*discoveryv1.EndpointSlice) bool {
-	if isReady(e) {
-		return true
+func inUse(e *discoveryv1.Endpoint, anyReady bool) bool {
+	if anyReady {
+		return isReady(e)
 	}
 	c := e.Conditions
-	if c.Serving == nil || !*c.Serving || c.Terminating == nil || !*c.Terminating {
-		return false
-	}
-	for _, s := range all {
-		if slices.ContainsFunc(s.Endpoints, func(o discoveryv1.Endpoint) bool { return isReady(&o) }) {
-			return false
+	return c.Serving != nil && *c.Serving && c.Terminating != nil && *c.Terminating
+}
+
+// anyReady is asked once for all endpoints: who writes slices of a hundred thousand
+// must not make each of them be compared with every other.
+func (v *serviceView) anyReady() bool {
+	return slices.ContainsFunc(v.slices, func(s *discoveryv1.EndpointSlice) bool {
+		for i := range s.Endpoints {
+			if isReady(&s.Endpoints[i]) {
+				return true
+			}
 		}
-	}
-	return true
+		return false
+	})
 }
 
 func isReady(e *discoveryv1.Endpoint) bool { return e.Conditions.Ready == nil || *e.Conditions.Ready }
