@@ -1,12 +1,6 @@
 package webhook
 
-import (
-	"context"
-	"errors"
-	"sync"
-
-	"golang.org/x/sync/semaphore"
-)
+import "golang.org/x/sync/semaphore"
 
 const (
 	// maxBody bounds one review: it holds an object twice at an update, and the API
@@ -31,16 +25,13 @@ const (
 // budget bounds what reviews under way may hold, as anybody who reaches the port
 // can send some.
 type budget struct {
-	total *semaphore.Weighted
+	room
 	// worked is for what is computed at once: a body becomes many times its size.
 	worked *semaphore.Weighted
-
-	mu      sync.Mutex
-	sources map[string]int64
 }
 
 func newBudget() *budget {
-	return &budget{total: semaphore.NewWeighted(maxHeld), worked: semaphore.NewWeighted(maxWorked), sources: map[string]int64{}}
+	return &budget{room: room{sources: map[string]int64{}}, worked: semaphore.NewWeighted(maxWorked)}
 }
 
 // elements counts the items and members of a JSON text, at least.
@@ -60,32 +51,4 @@ func elements(data []byte) int {
 		}
 	}
 	return n
-}
-
-var errTooMany = errors.New("too many reviews at once from one address")
-
-// take waits until n bytes may be held, or ctx ends.
-func (b *budget) take(ctx context.Context, source string, n int64) (release func(), err error) {
-	n = max(n, minCharge)
-	b.mu.Lock()
-	over := b.sources[source]+n > maxHeldBySource
-	if !over {
-		b.sources[source] += n
-	}
-	b.mu.Unlock()
-	if over {
-		return nil, errTooMany
-	}
-	give := func() {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		if b.sources[source] -= n; b.sources[source] == 0 {
-			delete(b.sources, source)
-		}
-	}
-	if err := b.total.Acquire(ctx, n); err != nil {
-		give()
-		return nil, err
-	}
-	return func() { b.total.Release(n); give() }, nil
 }

@@ -34,5 +34,11 @@ func Handler(in *Injector, file *workloads.File) http.Handler { return bare(in, 
 // HandlerWithBudget comes with what takes room away.
 func HandlerWithBudget(in *Injector) (http.Handler, func(context.Context, string, int64) (func(), error)) {
 	s := bare(in, nil)
-	return s.handler(), s.budget.take
+	return s.handler(), func(ctx context.Context, source string, n int64) (func(), error) {
+		p, err := s.budget.take(ctx, source, n, nil)
+		if err != nil {
+			return nil, err
+		}
+		return p.release, nil
+	}
 }

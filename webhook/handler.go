@@ -124,7 +124,10 @@ func (s *Server) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 	if err != nil {
 		source = r.RemoteAddr
 	}
-	release, err := s.budget.take(ctx, source, size)
+	place, err := s.budget.take(ctx, source, size, func() {
+		// What is being read ends; of a body that is whole meanwhile nothing is left to end.
+		_ = http.NewResponseController(rw).SetReadDeadline(s.cfg.Now())
+	})
 	switch {
 	case errors.Is(err, errTooMany):
 		return nil, nil, &httpError{http.StatusTooManyRequests, resultLimited, "too many reviews at once"}
@@ -132,16 +135,17 @@ func (s *Server) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 		return nil, nil, &httpError{http.StatusServiceUnavailable, resultLimited, "too many reviews at once"}
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(rw, r.Body, size))
+	place.read()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		release()
+		place.release()
 		return nil, nil, &httpError{http.StatusRequestEntityTooLarge, resultLimited, "review is too large"}
 	case err != nil:
-		release()
+		place.release()
 		return nil, nil, &httpError{http.StatusBadRequest, resultMalformed, "review cannot be read"}
 	}
-	return body, release, nil
+	return body, place.release, nil
 }
 
 func reviewType() metav1.TypeMeta {
