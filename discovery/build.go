@@ -58,6 +58,10 @@ type builder struct {
 	ports           portSets // of this build
 }
 
+// maxPolicyBytes bounds the policies of one workload: more would not fit into what
+// agents and proxies take in one message, and end the streams of a whole node.
+const maxPolicyBytes = 8 << 20
+
 // manyChanged is how many changed documents make it cheaper to look at every
 // workload anew than to ask each document about it.
 const manyChanged = 32
@@ -164,6 +168,10 @@ func (w *workload) declare(services map[string]map[uint16]string) {
 func (b *builder) decide(w *workload, a *admission, ix *index) error {
 	w.docs = ix.selecting(w.Namespace, w.Labels)
 	w.denyReason = a.deny(w.Workload, b.mesh)
+	if n := sizeOf(w.docs); n > maxPolicyBytes {
+		// Fails closed. The documents stay the workload's: their status tells of it.
+		w.denyReason = fmt.Sprintf("the policies that select the workload have %d bytes, %d are allowed", n, maxPolicyBytes)
+	}
 	msg := &castellanv1.WorkloadPolicy{
 		Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, TrustDomain: b.trustDomain.Name(), Labels: w.Labels,
 		Mesh: b.meshJSON, DenyAll: w.denyReason != "", DenyReason: w.denyReason, Ports: portMessages(w.ports),
@@ -182,8 +190,10 @@ func (b *builder) decide(w *workload, a *admission, ix *index) error {
 	version := xds.ContentVersion(parts...)
 	made, ok := b.bodies[version]
 	if !ok {
-		for _, d := range w.docs {
-			msg.Documents = append(msg.Documents, d.JSON)
+		if sizeOf(w.docs) <= maxPolicyBytes {
+			for _, d := range w.docs {
+				msg.Documents = append(msg.Documents, d.JSON)
+			}
 		}
 		if made, err = xds.NewResource(w.PodUID, msg); err != nil {
 			return err
@@ -194,6 +204,13 @@ func (b *builder) decide(w *workload, a *admission, ix *index) error {
 	w.resource = made
 	w.resource.Name = w.PodUID
 	return nil
+}
+
+func sizeOf(docs []*inForce) (n int) {
+	for _, d := range docs {
+		n += len(d.JSON)
+	}
+	return n
 }
 
 // trim forgets bodies that no workload has any more, once they are many.

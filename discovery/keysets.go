@@ -12,8 +12,12 @@ import (
 	"castellan.dev/internal/xds"
 )
 
-// maxKeySources bounds the key sets that policies may have fetched.
-const maxKeySources = 1000
+const (
+	// maxKeySources bounds the key sets that policies may have fetched.
+	maxKeySources = 1000
+	// maxSourcesOfNamespace keeps one namespace's owner from naming them all.
+	maxSourcesOfNamespace = 250
+)
 
 // keySets fetches the key sets that policies in force name. It belongs to one
 // goroutine, but for changed.
@@ -24,6 +28,8 @@ type keySets struct {
 	// changed gets a token when some set may have changed.
 	changed chan struct{}
 	sources map[string]*keySource
+	// told is what was last said of sources that are refused.
+	told    map[string]string
 	running sync.WaitGroup
 }
 
@@ -39,20 +45,7 @@ func newKeySets(mesh policy.Mesh, log *slog.Logger, now func() time.Time) *keySe
 
 // follow makes the sources those that the documents name.
 func (k *keySets) follow(ctx context.Context, docs []*inForce) {
-	wanted := map[string]time.Duration{}
-	for _, d := range docs {
-		if d.doc.RequestAuthentication == nil {
-			continue
-		}
-		for _, rule := range d.doc.RequestAuthentication.JWTRules {
-			source := jws.SourceName(rule)
-			if source == "" {
-				continue
-			}
-			timeout, _ := time.ParseDuration(rule.Timeout) // admitted, or empty: the default
-			wanted[source] = max(wanted[source], timeout)
-		}
-	}
+	wanted, refused := wantedSources(docs)
 	for name, s := range k.sources {
 		if _, ok := wanted[name]; !ok {
 			s.stop()
@@ -65,11 +58,50 @@ func (k *keySets) follow(ctx context.Context, docs []*inForce) {
 		}
 		if len(k.sources) >= maxKeySources {
 			// Not published: proxies have no keys for it and refuse its tokens.
-			k.log.Error("too many key sources, tokens of this one are refused", slog.String("source", name), slog.Int("limit", maxKeySources))
+			refused[""] = name
 			continue
 		}
 		k.sources[name] = k.start(ctx, name, timeout)
 	}
+	// One line each, not one for every source: their number is the attacker's choice.
+	for namespace, name := range refused {
+		if k.told[namespace] != name {
+			k.log.Error("too many key sources, tokens of some are refused", slog.String("namespace", namespace), slog.String("source", name),
+				slog.Int("limit", maxKeySources), slog.Int("limit_of_namespace", maxSourcesOfNamespace))
+		}
+	}
+	k.told = refused
+}
+
+// wantedSources are those that the documents name, by namespace up to its share;
+// refused has one of those beyond it.
+func wantedSources(docs []*inForce) (wanted map[string]time.Duration, refused map[string]string) {
+	wanted, refused = map[string]time.Duration{}, map[string]string{}
+	of := map[string]map[string]bool{}
+	for _, d := range docs {
+		if d.doc.RequestAuthentication == nil {
+			continue
+		}
+		own := of[d.ref.Namespace]
+		if own == nil {
+			own = map[string]bool{}
+			of[d.ref.Namespace] = own
+		}
+		for _, rule := range d.doc.RequestAuthentication.JWTRules {
+			source := jws.SourceName(rule)
+			if source == "" {
+				continue
+			}
+			if !own[source] && len(own) >= maxSourcesOfNamespace {
+				refused[d.ref.Namespace] = source
+				continue
+			}
+			own[source] = true
+			timeout, _ := time.ParseDuration(rule.Timeout) // admitted, or empty: the default
+			wanted[source] = max(wanted[source], timeout)
+		}
+	}
+	return wanted, refused
 }
 
 func (k *keySets) start(ctx context.Context, name string, timeout time.Duration) *keySource {

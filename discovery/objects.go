@@ -64,13 +64,25 @@ func (o *Objects) Documents() ([]FileDocument, <-chan struct{}) {
 	o.changed = changed
 	switch {
 	case objects == nil: // not known (any more): what was, stays
-	case len(objects) > maxObjects:
-		o.cfg.Log.Error("too many policies, those read before stay in force", slog.Int("policies", len(objects)), slog.Int("limit", maxObjects))
-		o.docs = append(withoutNotices(o.docs), tooMany(len(objects)))
+	case counted(objects) > maxObjects:
+		o.cfg.Log.Error("too many policies, those read before stay in force", slog.Int("policies", counted(objects)), slog.Int("limit", maxObjects))
+		o.docs = append(withoutNotices(o.docs), tooMany(counted(objects)))
 	default:
 		o.read(objects)
 	}
 	return o.docs, changed
+}
+
+// counted is how many of the objects count: of each namespace its share at most, so
+// that no single one reaches the bound of all.
+func counted(objects []Object) (n int) {
+	of := map[string]int{}
+	for i := range objects {
+		if of[objects[i].Namespace]++; of[objects[i].Namespace] <= maxOfNamespace {
+			n++
+		}
+	}
+	return n
 }
 
 // read decodes and validates what has changed.

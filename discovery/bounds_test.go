@@ -1,0 +1,68 @@
+package discovery_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	castellanv1 "castellan.dev/api/castellan/v1"
+	"castellan.dev/discovery"
+)
+
+// TestNamespaceBeyondTheClustersBound: one namespace alone does not reach the bound
+// of all, and so does not stop the policies of others from being read.
+func TestNamespaceBeyondTheClustersBound(t *testing.T) {
+	api := &apiServer{changed: make(chan struct{}), file: cluster()}
+	s := prepare(t, nil)
+	source := discovery.NewObjects(discovery.ObjectsConfig{Source: api, Mesh: s.mesh})
+	text := strings.Replace(allow("NAME", "nobody", "x"), "namespace: shop", "namespace: evil", 1)
+	model := object(t, "u", 1, text)
+	var objects []discovery.Object
+	for i := range 20_001 {
+		o, name := model, fmt.Sprint("p", i)
+		o.Name, o.JSON = name, []byte(strings.Replace(string(model.JSON), "NAME", name, 1))
+		objects = append(objects, o)
+	}
+	api.policies(append(objects, object(t, "u2", 1, allow("other", "orders", "x")))...)
+	docs, _ := source.Documents()
+	refused, found := 0, false
+	for _, d := range docs {
+		if d.Refused() {
+			refused++
+		}
+		found = found || d.UID == "u2" && !d.Refused()
+	}
+	if !found || refused != 18_001 {
+		t.Errorf("%d of %d refused; another namespace's is read: %t", refused, len(docs), found)
+	}
+}
+
+// TestTooMuchForAMessage: policies that would not fit into a message deny the
+// workloads they select; those end no stream, and others of the node are told.
+func TestTooMuchForAMessage(t *testing.T) {
+	values := make([]string, 10_000)
+	for i := range values {
+		values[i] = fmt.Sprintf("%s-%d", strings.Repeat("x", 80), i)
+	}
+	api := &apiServer{changed: make(chan struct{}), file: cluster()}
+	s := startObjects(t, api)
+	var objects []discovery.Object
+	for i := range 10 {
+		o := object(t, fmt.Sprint("m", i), 1, strings.Replace(allow(fmt.Sprint("m", i), "orders", "PRINCIPAL"), "namespace: shop", "namespace: evil", 1))
+		text := string(o.JSON)
+		start := strings.LastIndex(text[:strings.Index(text, "PRINCIPAL")], `"`)
+		end := start + 1 + strings.Index(text[start+1:], `"`) + 1
+		o.JSON = []byte(text[:start] + `"` + strings.Join(values, `","`) + `"` + text[end:])
+		objects = append(objects, o)
+	}
+	api.policies(append(objects, object(t, "u1", 1, allow("mine", "orders", "x")))...)
+	two := s.follow(s.agent("two"))
+	s.told(two, "pod-evil", "deny")
+	var told castellanv1.WorkloadPolicy
+	if _, ok := two.get("pod-evil", &told); !ok || !strings.Contains(told.GetDenyReason(), "8388608 are allowed") || len(told.GetDocuments()) != 0 {
+		t.Errorf("told %q, %d documents", told.GetDenyReason(), len(told.GetDocuments()))
+	}
+	s.told(s.follow(s.agent("one")), "pod-orders", "mine=x")
+	api.policies(objects[:1]...)
+	s.told(two, "pod-evil", "m0")
+}
