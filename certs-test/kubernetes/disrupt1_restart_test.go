@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"time"
 
 	"castellan.dev/certs-test/cluster"
 )
@@ -85,9 +86,15 @@ func TestDisruptAPIServerKilled(t *testing.T) {
 	works(t, "apiserver-killed")
 }
 
+// away are the times in which a program of the cluster was away or starting. An API
+// server that starts refuses what it has not read the permission for yet.
+var away [][2]time.Time
+
 func restarted(t *testing.T, program string, meanwhile func(*loads)) {
 	t.Helper()
 	ctx := context.Background()
+	began := time.Now()
+	defer func() { away = append(away, [2]time.Time{began, time.Now()}) }()
 	disrupted(t, func(l *loads) {
 		down := true
 		if err := shared.KillProcess(ctx, program); err != nil {

@@ -72,6 +72,7 @@ func TestDisruptWebhookDown(t *testing.T) {
 				t.Errorf("a pod of %s: %v", ns, err)
 			}
 		}
+		says(t, negative, []string{"castellan-server", "hint"}, "check")
 		text := refused(t, "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: x, namespace: away-plain}\nspec: {rules: [{}]}\n")
 		if !strings.Contains(text, "webhook") {
 			t.Errorf("a policy is refused, but by %s", text)
@@ -95,8 +96,18 @@ func TestDisruptPodDeletedMidIssuance(t *testing.T) {
 	needCluster(t)
 	const ns = "mid-issuance"
 	namespace(t, ns)
-	volumes := func() string { return metric(t, agentOf(t, "node-1"), 15015, "castellan_agent_volumes") }
-	before := volumes()
+	// served compares what the agent serves with the pods on its node that have a volume.
+	served := func() error {
+		got, err := readMetric(agentOf(t, "node-1"), 15015, "castellan_agent_volumes")
+		if err != nil {
+			return err
+		}
+		if want := fmt.Sprint(withVolume(t, "node-1")); got != want {
+			return fmt.Errorf("%s volumes, want %s", got, want)
+		}
+		return nil
+	}
+	eventually(t, "the agent serves every pod", served)
 	scaleServer(t, 0)
 	back := false
 	defer func() {
@@ -106,9 +117,7 @@ func TestDisruptPodDeletedMidIssuance(t *testing.T) {
 	}()
 	// Nobody answers: issuing is under way until the pod goes.
 	waiting := one(t, ns, pod{Name: "waiting", Node: "node-1", Volume: true, Socket: true})
-	if after := volumes(); after == before {
-		t.Errorf("%s volumes, as before", after)
-	}
+	eventually(t, "the agent serves the pod that waits too", served)
 	deletePod(t, ns, "waiting")
 	// These are deleted at whatever point they have come to.
 	var pods []pod
@@ -124,12 +133,15 @@ func TestDisruptPodDeletedMidIssuance(t *testing.T) {
 	}
 	back = true
 	scaleServer(t, 1)
-	eventually(t, "the agent serves what it served before", func() error {
-		if now := volumes(); now != before {
-			return fmt.Errorf("%s volumes, were %s", now, before)
-		}
-		return nil
-	})
+	for _, p := range pods {
+		eventually(t, p.Name+" is gone", func() error {
+			if err := api.get("/api/v1/namespaces/"+ns+"/pods/"+p.Name, nil); !isStatus(err, 404) {
+				return fmt.Errorf("still there: %w", err)
+			}
+			return nil
+		})
+	}
+	eventually(t, "the agent serves nothing of them", served)
 	node, err := shared.Node("node-1")
 	if err != nil {
 		t.Fatal(err)
@@ -143,16 +155,25 @@ func TestDisruptPodDeletedMidIssuance(t *testing.T) {
 	})
 }
 
-// metric is a value of a pod's metrics, with the name as it stands there, labels and all.
-func metric(t *testing.T, a *app, port int, name string) string {
+// withVolume counts the pods on a node that have a volume of ours.
+func withVolume(t *testing.T, node string) (n int) {
 	t.Helper()
-	value, err := readMetric(a, port, name)
-	if err != nil {
+	var list struct{ Items []podObject }
+	if err := api.get("/api/v1/pods?fieldSelector=spec.nodeName%3D"+node, &list); err != nil {
 		t.Fatal(err)
 	}
-	return value
+	for _, p := range list.Items {
+		for _, v := range p.Spec.Volumes {
+			if v.CSI != nil && v.CSI.Driver == "csi.castellan.dev" {
+				n++
+			}
+		}
+	}
+	return n
 }
 
+// readMetric is a value of a pod's metrics, with the name as it stands there, labels
+// and all.
 func readMetric(a *app, port int, name string) (string, error) {
 	text, err := fetch(a.url(port, "/metrics"))
 	if err != nil {

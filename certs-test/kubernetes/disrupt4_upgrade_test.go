@@ -17,6 +17,8 @@ var changed = []string{
 	"--set", "ca.leafTTL=20s",
 	"--set", "attestation.verification=tokenReview",
 	"--set", "mesh.outboundPolicy=ALLOW_ANY",
+	"--set", "attestation.directCallers={callers/other}",
+	"--set", "attestation.trustedNodeAccounts={callers/web}",
 }
 
 // install runs castellan install.
@@ -72,6 +74,7 @@ func TestDisruptUpgrade(t *testing.T) {
 			verdicts(t)
 			deletedPod(t, "deleted-reviewed")
 		})
+		t.Run("callers without an agent, and for others", func(t *testing.T) { otherCallers(t, from) })
 		t.Run("what is outside the mesh is passed through", func(t *testing.T) {
 			if r := succeeds(t, from.web, outside); len(r.Seen.Header["X-Forwarded-Client-Cert"]) > 0 {
 				t.Errorf("%+v", r.Seen)
@@ -86,6 +89,32 @@ func TestDisruptUpgrade(t *testing.T) {
 	}
 	from.web.fails(t, outside)
 	works(t, "upgraded")
+}
+
+// otherCallers: accounts that are listed may ask without an agent, as istio-agent does,
+// or for other pods of their node, as ztunnel does; nobody else may.
+func otherCallers(t *testing.T, from *callers) {
+	t.Helper()
+	conn := dialServer(t, nil)
+	alone := request{token: from.other.token(t)}
+	if got := issues(t, conn, alone).Leaf.URIs[0].String(); got != from.other.id() {
+		t.Errorf("alone: %s", got)
+	}
+	_, err := issue(t, conn, request{token: from.far.token(t)})
+	refuses(t, "alone, and not listed", err)
+
+	node := request{token: from.web.token(t), agentToken: agentOf(t, from.web.Node).token(t), impersonates: from.other.id()}
+	if got := issues(t, conn, node).Leaf.URIs[0].String(); got != from.other.id() {
+		t.Errorf("for another pod of the node: %s", got)
+	}
+	node.impersonates = steady(t)["api-2"].id() // an account with a pod on either node
+	issues(t, conn, node)
+	node.impersonates = "spiffe://cluster.local/ns/callers/sa/nobody"
+	_, err = issue(t, conn, node)
+	refuses(t, "for nobody of the node", err)
+	node = request{token: from.other.token(t), agentToken: agentOf(t, from.other.Node).token(t), impersonates: from.web.id()}
+	_, err = issue(t, conn, node)
+	refuses(t, "for another, and not listed", err)
 }
 
 // rotates waits until a go-spiffe program and the proxies have been given certificate

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
 	istioca "istio.io/api/security/v1alpha1"
 )
 
@@ -129,8 +130,8 @@ func listPods(t testing.TB, ns, selector string) []podStatus {
 // request is one request for a certificate.
 type request struct {
 	token, agentToken string
-	// id is asked for in the CSR, if it is not empty.
-	id string
+	// id is asked for in the CSR, if it is not empty; impersonates as ztunnel does.
+	id, impersonates string
 }
 
 // issue asks for a certificate, and returns the leaf with its key.
@@ -158,9 +159,15 @@ func issue(t *testing.T, conn *grpc.ClientConn, r request) (*tls.Certificate, er
 	if r.agentToken != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "castellan-agent-token", r.agentToken)
 	}
-	answer, err := istioca.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, &istioca.IstioCertificateRequest{
+	asks := &istioca.IstioCertificateRequest{
 		Csr: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})),
-	})
+	}
+	if r.impersonates != "" {
+		if asks.Metadata, err = structpb.NewStruct(map[string]any{"ImpersonatedIdentity": r.impersonates}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	answer, err := istioca.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, asks)
 	if err != nil {
 		return nil, err
 	}
