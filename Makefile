@@ -27,7 +27,7 @@ PARTS    := certs-test/kube certs-test/etcd certs-test/coredns
 MODULES  := . $(filter-out $(PARTS),$(patsubst %/go.mod,%,$(wildcard certs-test/*/go.mod)))
 
 .DEFAULT_GOAL := help
-.PHONY: help build images up test unit lint race fuzz bench clean tools cluster-up cluster-down cluster-load cluster-castellan
+.PHONY: help build images up test unit lint race fuzz bench bench-cluster generate clean tools cluster-up cluster-down cluster-load cluster-castellan
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-17s %s\n", $$1, $$2}'
@@ -79,6 +79,10 @@ fuzz: ## run every fuzz target for FUZZTIME (default 20s) each
 
 bench: build tools ## measure speed and memory against peers, as ratios of one run
 	@cd certs-test/bench && go run . -bin $(CURDIR)/$(BUILD)
+
+bench-cluster: tools ## measure what is promised on Kubernetes, on a cluster of its own
+	@cd certs-test/kubernetes && CASTELLAN_RESULTS=$(CURDIR)/certs-test/kubernetes/results.md \
+	  go test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x .
 
 clean: ## remove what make build and make up made
 	rm -rf $(BUILD) .castellan
