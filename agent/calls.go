@@ -59,7 +59,7 @@ func (s *socket) options() []grpc.ServerOption {
 		grpc.WaitForHandlers(true), // what they use is taken away afterwards
 		grpc.ForceServerCodecV2(frugal{encoding.GetCodecV2(protocodec.Name)}),
 		grpc.ChainStreamInterceptor(s.stream),
-		// Clients ping every 30 s and oftener (rules/clients.md); dead ones are found.
+		// Clients ping every 30 s and oftener; dead ones are found.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: clientIdlePing, Timeout: clientPingTimeout}),
 	}

@@ -52,8 +52,8 @@ func (f Finding) String() string {
 
 // Validate says what is wrong with a document under the given mesh settings, in
 // the order of its fields. A document with an error is not admitted: that is
-// everything the engine could not represent, and everything that rules/authz.md
-// calls invalid. What nobody declared is not assumed: without the ports of a
+// everything the engine could not represent, and everything that the rules (docs/conformance.md)
+// call invalid. What nobody declared is not assumed: without the ports of a
 // workload it warns of every rule that a TCP port would read otherwise than an
 // HTTP port does.
 func Validate(doc policy.Document, mesh policy.Mesh) []Finding { return ValidateFor(doc, mesh, nil) }

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestRules holds what rules/authz.md asks of discovery.
+// TestRules holds what the policy rules (docs/conformance.md) ask of discovery.
 func TestRules(t *testing.T) {
 	t.Run("authz-01 namespace, labels and root namespace select", testSelection)
 	t.Run("authz-02 targetRefs are not for sidecars", testTargetRefs)

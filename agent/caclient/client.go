@@ -251,7 +251,7 @@ func (c *Client) dial(r *roots, certificate func() (*tls.Certificate, error)) (*
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-		// The server admits pings every 15 s (rules/clients.md).
+		// The server admits pings every 15 s.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),

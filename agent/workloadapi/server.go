@@ -77,8 +77,7 @@ func New(cfg Config) (*Server, error) {
 	return &Server{cfg: cfg}, nil
 }
 
-// The texts that callers see. Clients look for the words of the first
-// (rules/clients.md).
+// The texts that callers see. Clients look for the words of the first.
 const (
 	textNoIdentity = "no identity issued"
 	textStarting   = "identity not issued yet, try again"

@@ -1,5 +1,5 @@
 // Package reference decides as package authz does, by casbin: slowly, and
-// plainly enough to be read beside rules/authz.md. It exists so that something
+// plainly enough to be read beside the rules (docs/conformance.md). It exists so that something
 // written apart says what the right answer is; the differential tests beside it
 // hold the engine to that answer.
 //

@@ -1,4 +1,4 @@
-// Package attest decides who a caller is: trust rule 2 of the design.
+// Package attest decides who a caller is: trust rule 2 (docs/threat-model.md).
 //
 // A caller brings the workload's service-account token and, as a node agent, its
 // own. The first says which pod asks, the second on which node. A token counts

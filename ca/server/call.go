@@ -14,7 +14,7 @@ import (
 	"castellan.dev/internal/jws"
 )
 
-// Metadata that carries the credentials (design.md, trust rule 2).
+// Metadata that carries the credentials (trust rule 2).
 const (
 	authorizationHeader = "authorization"
 	agentTokenHeader    = "castellan-agent-token"

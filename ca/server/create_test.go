@@ -117,7 +117,7 @@ func TestCreateCertificate(t *testing.T) {
 	}
 }
 
-// TestClientHabits holds what rules/clients.md saw clients do.
+// TestClientHabits holds what clients have been seen to do.
 func TestClientHabits(t *testing.T) {
 	w := newWorld(t, options{})
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)

@@ -53,7 +53,7 @@ type CA struct {
 	JWTTTL          Duration `json:"jwtTTL,omitempty"`          // default 5m
 	// JWTIssuer is the iss claim of JWT-SVIDs; empty leaves it out.
 	JWTIssuer string `json:"jwtIssuer,omitempty"`
-	// PermittedURI adds the trust domain as a permitted URI name constraint; rules/vault.md says who breaks on it.
+	// PermittedURI adds the trust domain as a permitted URI name constraint, which some verifiers cannot take.
 	PermittedURI bool `json:"permittedURI,omitempty"`
 	// ChainDir holds a plugged-in chain in Istio's cacerts file names; empty: self-signed.
 	ChainDir string `json:"chainDir,omitempty"`

@@ -40,7 +40,7 @@ type AuthenticatorConfig struct {
 	CacheSize int
 }
 
-// Authenticator applies the rules of RequestAuthentication (rules/authz.md 25–30)
+// Authenticator applies the rules of RequestAuthentication (25–30 of docs/conformance.md)
 // to requests. It is safe for concurrent use.
 type Authenticator struct {
 	rules  []jwtRule

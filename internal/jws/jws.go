@@ -43,7 +43,7 @@ var (
 
 // Expect says what a token must be besides well signed.
 type Expect struct {
-	// Issuer must equal iss; empty accepts any (rules/authz.md 28: a rule without issuer).
+	// Issuer must equal iss; empty accepts any (rule 28 of docs/conformance.md: a rule without issuer).
 	Issuer string
 	// Audiences, of which aud must hold one; empty accepts any (authz 29).
 	Audiences []string

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// How often a source is fetched (rules/authz.md 28).
+// How often a source is fetched (rule 28 of docs/conformance.md).
 const (
 	refreshEvery  = 20 * time.Minute
 	firstBackoff  = time.Minute

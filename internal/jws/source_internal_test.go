@@ -28,7 +28,7 @@ func testRemote(load func(context.Context) (*KeySet, error)) *Remote {
 	return r
 }
 
-// TestSchedule holds rules/authz.md 28: every 20 minutes; after a failure 1
+// TestSchedule holds rule 28 of docs/conformance.md: every 20 minutes; after a failure 1
 // minute, doubling to 60.
 func TestSchedule(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
