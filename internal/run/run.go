@@ -1,5 +1,6 @@
-// Package run starts the long-lived parts of a process, ends them together, and
-// turns signals into that end. It starts nothing by itself.
+// Package run starts the long-lived parts of a process, ends them together, turns
+// signals into that end, and reaches a process over its standard input and output.
+// It starts nothing by itself.
 package run
 
 import (
