@@ -100,6 +100,9 @@ func (in *Installer) Install(ctx context.Context, r *Rendered, wait bool) error 
 			return err
 		}
 	}
+	if err := in.narrow(ctx, r.Objects); err != nil {
+		return err
+	}
 	if err := in.prune(ctx, old.Objects, now); err != nil {
 		return err
 	}
@@ -147,6 +150,12 @@ func (in *Installer) installStage(ctx context.Context, s stage, objects []*unstr
 	for _, o := range objects {
 		if kinds[o.GetKind()].stage != s {
 			continue
+		}
+		if isRole(o) {
+			var err error
+			if o, err = in.widened(ctx, o); err != nil {
+				return err
+			}
 		}
 		if err := in.apply(ctx, o); err != nil {
 			return err
