@@ -220,8 +220,6 @@ func TestDisruptZPermissions(t *testing.T) {
 			}
 		}
 	})
-	// The upgrade that ended token reviews took the permission before the server.
-	delete(forbidden, permission{verb: "create", group: "authentication.k8s.io", resource: "tokenreviews"})
 	for p, why := range forbidden {
 		t.Errorf("forbidden: %s: %s", p, why)
 	}
