@@ -43,6 +43,5 @@ func NewFetched(cfg FetchedConfig) (*Remote, error) {
 		}
 		return keys, nil
 	})
-	r.setDefaults()
 	return r, nil
 }

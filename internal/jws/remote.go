@@ -36,19 +36,16 @@ type RemoteConfig struct {
 // the source fails.
 type Remote struct {
 	*source
-	log                             *slog.Logger
+	log *slog.Logger
+	// Zero means the schedule of the rules.
 	every, firstRetry, longestRetry time.Duration
 }
 
-func (r *Remote) setDefaults() {
-	for _, d := range []struct {
-		value *time.Duration
-		def   time.Duration
-	}{{&r.every, refreshEvery}, {&r.firstRetry, firstBackoff}, {&r.longestRetry, longestWait}} {
-		if *d.value <= 0 {
-			*d.value = d.def
-		}
+func orDefault(d, def time.Duration) time.Duration {
+	if d <= 0 {
+		return def // never a loop without a wait
 	}
+	return d
 }
 
 // NewRemote checks cfg; nothing is fetched before Run or Refetch.
@@ -72,7 +69,6 @@ func NewRemote(cfg RemoteConfig) (*Remote, error) {
 	}
 	f := newFetcher(g, cfg.RootCAs, cfg.Timeout)
 	r := &Remote{log: cfg.Log}
-	r.setDefaults()
 	r.source = newSource(cfg.Source, cfg.Now, func(ctx context.Context) (*KeySet, error) {
 		keys, err := f.keySet(ctx, cfg.Source)
 		if err != nil {
@@ -86,19 +82,20 @@ func NewRemote(cfg RemoteConfig) (*Remote, error) {
 // Run fetches now, every 20 minutes, and after a failure in 1 minute, doubling
 // to 60, until ctx ends; of NewFetched as configured.
 func (r *Remote) Run(ctx context.Context) error {
-	backoff := r.firstRetry
+	every, first, longest := orDefault(r.every, refreshEvery), orDefault(r.firstRetry, firstBackoff), orDefault(r.longestRetry, longestWait)
+	backoff := first
 	for {
-		wait := r.every
+		wait := every
 		err := r.refresh(ctx)
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			wait, backoff = backoff, min(2*backoff, r.longestRetry)
+			wait, backoff = backoff, min(2*backoff, longest)
 			keys, _ := r.Keys()
 			r.log.Warn("token keys could not be fetched", "source", r.name, "error", err, "retryIn", wait.String(), "lastGood", keys.Version())
 		default:
-			backoff = r.firstRetry
+			backoff = first
 		}
 		timer := time.NewTimer(wait)
 		select {
