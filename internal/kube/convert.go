@@ -3,6 +3,7 @@ package kube
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -42,12 +43,24 @@ func workloadOf(p *corev1.Pod, selecting []*corev1.Service) (*workloads.Workload
 		Ports:       declared(p, selecting),
 	}
 	if ips := addresses(p); len(ips) > 0 {
+		for i := range ips {
+			ips[i] = canonical(ips[i])
+		}
 		w.Address, w.Addresses = ips[0], ips[1:]
 	}
 	if err := w.Check(); err != nil {
 		return nil, err
 	}
 	return w, nil
+}
+
+// canonical is the one way to write an address, so that two can be compared; what
+// is none stays as it is, and equals nothing.
+func canonical(address string) string {
+	if a, err := netip.ParseAddr(address); err == nil {
+		return a.Unmap().String()
+	}
+	return address
 }
 
 // declared is what services say about the ports of a pod that they select
@@ -133,7 +146,7 @@ type serviceView struct {
 	domain string
 	slices []*discoveryv1.EndpointSlice
 	// at returns the live workloads that have an address.
-	at func(address string) []candidate
+	at func(address string) []*candidate
 	// of returns the live workload with a UID, nil if there is none.
 	of func(uid string) *workloads.Workload
 	// selected are the live workloads that the service's own selector selects.

@@ -53,7 +53,7 @@ func (v *serviceView) endpoints(s *corev1.Service, out *workloads.Service, byNam
 				dropped = fmt.Sprintf("%q has no IP address and is left out", e.Addresses[0])
 				continue
 			}
-			made, why := v.endpoint(s, e, address.String(), declares)
+			made, why := v.endpoint(s, e, address.Unmap().String(), declares)
 			if made == nil {
 				dropped = cmp.Or(why, dropped)
 				continue
@@ -166,7 +166,7 @@ func (v *serviceView) between(ref *corev1.ObjectReference) bool {
 // standsAt finds the pod that has an address. The slice's word on that is taken
 // only to choose among pods that do have it: pods on the host's network share one,
 // and for a moment so do a pod that ends and the next to get its address.
-func (v *serviceView) standsAt(address string, ref *corev1.ObjectReference) (candidate, bool) {
+func (v *serviceView) standsAt(address string, ref *corev1.ObjectReference) (*candidate, bool) {
 	all := v.at(address)
 	if ref != nil && ref.Kind == "Pod" {
 		for _, c := range all {
@@ -178,5 +178,5 @@ func (v *serviceView) standsAt(address string, ref *corev1.ObjectReference) (can
 	if len(all) == 1 && !all[0].hostNetwork {
 		return all[0], true
 	}
-	return candidate{}, false
+	return nil, false
 }

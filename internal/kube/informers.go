@@ -24,12 +24,8 @@ const (
 	IndexUID = "uid"
 	// IndexNode is by the node a pod is assigned to.
 	IndexNode = "node"
-	// IndexNamespace is by namespace.
-	IndexNamespace = cache.NamespaceIndex
 
-	// indexIP is pods by each of their addresses, indexService EndpointSlices by
-	// "namespace/service".
-	indexIP      = "ip"
+	// indexService is EndpointSlices by "namespace/service".
 	indexService = "service"
 )
 
@@ -73,7 +69,7 @@ func NewInformers(cfg InformersConfig) (*Informers, error) {
 	}
 	i.pods = add(&mirror{name: "pods", sample: &corev1.Pod{}, reduce: reducePod,
 		list: listing(core.Pods("").List), open: core.Pods("").Watch,
-	}, cache.Indexers{IndexUID: byUID, IndexNode: byNode, indexIP: byIP, IndexNamespace: cache.MetaNamespaceIndexFunc})
+	}, cache.Indexers{IndexUID: byUID, IndexNode: byNode})
 	i.accounts = add(&mirror{name: "serviceaccounts", sample: &corev1.ServiceAccount{}, reduce: reduceAccount,
 		list: listing(core.ServiceAccounts("").List), open: core.ServiceAccounts("").Watch,
 	}, cache.Indexers{IndexUID: byUID})
@@ -82,7 +78,7 @@ func NewInformers(cfg InformersConfig) (*Informers, error) {
 	}, cache.Indexers{})
 	i.services = add(&mirror{name: "services", sample: &corev1.Service{}, reduce: reduceService,
 		list: listing(core.Services("").List), open: core.Services("").Watch,
-	}, cache.Indexers{IndexNamespace: cache.MetaNamespaceIndexFunc})
+	}, cache.Indexers{})
 	i.endpoints = add(&mirror{name: "endpointslices", sample: &discoveryv1.EndpointSlice{}, reduce: reduceSlice,
 		list: listing(disc.EndpointSlices("").List), open: disc.EndpointSlices("").Watch,
 	}, cache.Indexers{indexService: byService})
@@ -118,7 +114,7 @@ func (i *Informers) Run(ctx context.Context) error {
 // Policies are the policies of the cluster.
 func (i *Informers) Policies() *Policies { return i.policies }
 
-// Pods holds *corev1.Pod with the indexes IndexUID, IndexNode and IndexNamespace:
+// Pods holds *corev1.Pod with the indexes IndexUID and IndexNode:
 // metadata (name, namespace, UID, labels, deletion time, resource version),
 // spec.{nodeName, serviceAccountName, hostNetwork}, names and ports of containers,
 // CSI volumes of ours, status.{phase, podIP, podIPs, the condition Ready}. The

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
@@ -46,6 +48,25 @@ func background(t *testing.T, parts ...func(context.Context) error) {
 	t.Cleanup(func() { cancel(); running.Wait() })
 }
 
+// watchCount counts the watches that a fake has opened. Between its list and its
+// watch a fake loses what happens, so that tests change nothing before.
+func watchCount(f interface {
+	PrependWatchReactor(resource string, reaction clienttesting.WatchReactionFunc)
+}, tracker clienttesting.ObjectTracker) *atomic.Int32 {
+	opened := &atomic.Int32{}
+	f.PrependWatchReactor("*", func(a clienttesting.Action) (bool, watch.Interface, error) {
+		w, err := tracker.Watch(a.GetResource(), a.GetNamespace())
+		if err == nil {
+			opened.Add(1)
+		}
+		return err == nil, w, err
+	})
+	return opened
+}
+
+// kindsWatched are the built-in kinds that informers follow.
+const kindsWatched = 5
+
 func fullPod() *corev1.Pod {
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "orders-1", Namespace: "shop", UID: "uid-1", ResourceVersion: "7",
@@ -69,16 +90,17 @@ func TestInformersKeepWhatIsUsed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	opened := watchCount(client, client.Tracker())
 	if i.Synced() || !i.LastContact().IsZero() || i.Ready() == nil {
 		t.Error("something is known before Run")
 	}
 	began := time.Now()
 	background(t, i.Run)
-	eventually(t, "sync", i.Synced)
+	eventually(t, "sync", func() bool { return i.Synced() && opened.Load() == kindsWatched })
 	if i.LastContact().Before(began) || i.Ready() != nil {
 		t.Errorf("last contact %v, ready %v", i.LastContact(), i.Ready())
 	}
-	for index, key := range map[string]string{kube.IndexUID: "uid-1", kube.IndexNode: "node-1", kube.IndexNamespace: "shop"} {
+	for index, key := range map[string]string{kube.IndexUID: "uid-1", kube.IndexNode: "node-1"} {
 		found, err := i.Pods().ByIndex(index, key)
 		if err != nil || len(found) != 1 {
 			t.Fatalf("index %s: %v, %v", index, found, err)

@@ -41,10 +41,10 @@ type Inventory struct {
 	changed chan struct{}
 
 	// All below belongs to Run's goroutine.
-	pods     map[string]*candidate // by UID
-	services map[string]*service   // by namespace/name
+	pods     podSet
+	services map[string]*service // by namespace/name
 	// users are the services with an endpoint at an address.
-	users    map[string]map[string]bool
+	users    map[string][]string
 	told     map[string]string // what was logged of an object
 	revision uint64
 }
@@ -70,7 +70,7 @@ func NewInventory(cfg InventoryConfig) *Inventory {
 		cfg.ClusterDomain = defaultClusterDomain
 	}
 	inv := &Inventory{cfg: cfg, log: cfg.Log, pacer: newPacer(), dirty: noChanges(), changed: make(chan struct{}),
-		pods: map[string]*candidate{}, services: map[string]*service{}, users: map[string]map[string]bool{}, told: map[string]string{}}
+		pods: newPodSet(), services: map[string]*service{}, users: map[string][]string{}, told: map[string]string{}}
 	if inv.log == nil {
 		inv.log = slog.New(slog.DiscardHandler)
 	}
@@ -138,6 +138,7 @@ func (inv *Inventory) podChanged(old, next metav1.Object) {
 // what happens to a pod are its conditions.
 func samePod(a, b *corev1.Pod) bool {
 	return a.UID == b.UID && live(a) == live(b) && a.Spec.NodeName == b.Spec.NodeName &&
+		a.Spec.ServiceAccountName == b.Spec.ServiceAccountName && a.Spec.HostNetwork == b.Spec.HostNetwork &&
 		maps.Equal(a.Labels, b.Labels) && slices.Equal(addresses(a), addresses(b))
 }
 
@@ -178,7 +179,7 @@ func (inv *Inventory) update() {
 	first := inv.file == nil
 	inv.mu.Unlock()
 
-	u := &update{Inventory: inv, changes: c, selectors: map[string]*selectorIndex{}, labels: map[string]*labelIndex{}}
+	u := &update{Inventory: inv, changes: c, labels: map[string]*labelIndex{}}
 	if !u.run() && !first {
 		return
 	}
@@ -192,8 +193,8 @@ func (inv *Inventory) update() {
 
 // reading puts a File together, in an order that hangs on names alone.
 func (inv *Inventory) reading() *workloads.File {
-	file := &workloads.File{Resolved: true, Workloads: make([]workloads.Workload, 0, len(inv.pods))}
-	for _, c := range inv.pods {
+	file := &workloads.File{Resolved: true, Workloads: make([]workloads.Workload, 0, len(inv.pods.byUID))}
+	for _, c := range inv.pods.byUID {
 		file.Workloads = append(file.Workloads, *c.Workload)
 	}
 	slices.SortFunc(file.Workloads, func(a, b workloads.Workload) int {

@@ -41,8 +41,9 @@ func newScene(t *testing.T, objects ...runtime.Object) *scene {
 	if s.inv.Current() != nil {
 		t.Error("something is known before Run")
 	}
+	opened := watchCount(s.client, s.client.Tracker())
 	background(t, i.Run, s.inv.Run)
-	eventually(t, "first reading", func() bool { return s.inv.Current() != nil })
+	eventually(t, "first reading", func() bool { return s.inv.Current() != nil && opened.Load() >= kindsWatched })
 	return s
 }
 

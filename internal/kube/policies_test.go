@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -25,6 +26,7 @@ type policyCluster struct {
 	t         *testing.T
 	dynamic   *dynamicfake.FakeDynamicClient
 	informers *kube.Informers
+	opened    *atomic.Int32
 
 	mu     sync.Mutex
 	serves string // a version, or "" for none
@@ -76,6 +78,7 @@ func newPolicyCluster(t *testing.T, version string, objects ...runtime.Object) *
 		}
 		return false, nil, nil
 	})
+	c.opened = watchCount(c.dynamic, c.dynamic.Tracker())
 	var err error
 	if c.informers, err = kube.NewInformers(kube.InformersConfig{Kubernetes: client, Dynamic: c.dynamic}); err != nil {
 		t.Fatal(err)
@@ -114,7 +117,7 @@ func TestPolicies(t *testing.T) {
 		t.Error("something is known before Run")
 	}
 	background(t, c.informers.Run)
-	eventually(t, "the first policy", func() bool { return c.names() == "AuthorizationPolicy shop/one" })
+	eventually(t, "the first policy", func() bool { return c.names() == "AuthorizationPolicy shop/one" && c.opened.Load() >= 3 })
 	if err := errors.Join(policies.Ready(), policies.Missing()); err != nil {
 		t.Error(err)
 	}

@@ -161,14 +161,6 @@ func byNode(o any) ([]string, error) {
 	return nil, nil
 }
 
-func byIP(o any) ([]string, error) {
-	p, ok := o.(*corev1.Pod)
-	if !ok {
-		return nil, nil
-	}
-	return addresses(p), nil
-}
-
 // addresses are the pod's, the primary one first.
 func addresses(p *corev1.Pod) []string {
 	var out []string

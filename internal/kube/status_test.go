@@ -71,7 +71,7 @@ func newDesk(t *testing.T, objects ...runtime.Object) *desk {
 		t.Fatal(err)
 	}
 	background(t, d.informers.Run, func(ctx context.Context) error {
-		for d.informers.Policies().Ready() != nil && ctx.Err() == nil {
+		for (d.informers.Policies().Ready() != nil || d.opened.Load() < 3) && ctx.Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
 		return s.Run(ctx)

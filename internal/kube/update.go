@@ -16,9 +16,9 @@ import (
 type update struct {
 	*Inventory
 	changes changes
-	// Of this update, by namespace, made when they pay.
-	selectors map[string]*selectorIndex
-	labels    map[string]*labelIndex
+	// Of this update, by namespace.
+	selectors map[string]selectorIndex
+	labels    map[string]*labelIndex // made when they pay
 }
 
 // run reports whether anything has changed.
@@ -26,6 +26,7 @@ func (u *update) run() (changed bool) {
 	for key := range u.changes.services {
 		u.takeService(key)
 	}
+	u.indexSelectors()
 	for uid := range u.changes.pods {
 		if u.pod(uid) {
 			changed = true
@@ -92,19 +93,19 @@ func (u *update) pod(uid string) (changed bool) {
 			next = &candidate{Workload: w, hostNetwork: object.Spec.HostNetwork}
 		}
 	}
-	before := u.pods[uid]
+	before := u.pods.byUID[uid]
 	switch {
 	case next == nil && before == nil:
 		return false
-	case next != nil && before != nil && sameWorkload(before.Workload, next.Workload):
+	case next != nil && before != nil && before.hostNetwork == next.hostNetwork && sameWorkload(before.Workload, next.Workload):
 		return false
 	case next == nil:
-		delete(u.pods, uid)
+		u.pods.replace(uid, nil)
 		u.complain("Pod", before.Namespace+"/"+before.PodName, nil)
 	default:
 		u.revision++
 		next.Revision = u.revision
-		u.pods[uid] = next
+		u.pods.replace(uid, next)
 	}
 	for _, c := range []*candidate{before, next} {
 		if c != nil {
@@ -120,7 +121,7 @@ func (u *update) touch(w *workloads.Workload) {
 		u.changes.services[s.Namespace+"/"+s.Name] = true
 	}
 	for _, a := range append([]string{w.Address}, w.Addresses...) {
-		for key := range u.users[a] {
+		for _, key := range u.users[a] {
 			u.changes.services[key] = true
 		}
 	}
@@ -135,7 +136,7 @@ func (u *update) service(key string) (changed bool) {
 	var next *workloads.Service
 	var named []string
 	if s.object != nil {
-		view := &serviceView{domain: u.cfg.ClusterDomain, at: u.at, of: u.of, selected: u.selectedBy(s.object)}
+		view := &serviceView{domain: u.cfg.ClusterDomain, at: u.pods.at, of: u.of, selected: u.selectedBy(s.object)}
 		if found, err := u.cfg.Informers.endpoints.ByIndex(indexService, key); err == nil {
 			for _, o := range found {
 				if slice, ok := o.(*discoveryv1.EndpointSlice); ok {
@@ -176,17 +177,14 @@ func (u *update) touched(s *workloads.Service) bool {
 // follow remembers at which addresses a service has endpoints.
 func (u *update) follow(key string, s *service, named []string) {
 	for _, a := range s.addresses {
-		delete(u.users[a], key)
+		u.users[a] = slices.DeleteFunc(u.users[a], func(k string) bool { return k == key })
 		if len(u.users[a]) == 0 {
 			delete(u.users, a)
 		}
 	}
 	s.addresses = named
 	for _, a := range named {
-		if u.users[a] == nil {
-			u.users[a] = map[string]bool{}
-		}
-		u.users[a][key] = true
+		u.users[a] = append(u.users[a], key)
 	}
 }
 
@@ -205,39 +203,18 @@ func (v *serviceView) named() []string {
 	var out []string
 	for _, s := range v.slices {
 		for i := range s.Endpoints {
-			out = append(out, s.Endpoints[i].Addresses...)
+			for _, a := range s.Endpoints[i].Addresses {
+				out = append(out, canonical(a))
+			}
 		}
 	}
 	slices.Sort(out)
 	return slices.Compact(out)
 }
 
-// at returns the live workloads that have an address.
-func (u *update) at(address string) []candidate {
-	found, err := u.cfg.Informers.pods.ByIndex(indexIP, address)
-	if err != nil {
-		return nil
-	}
-	var out []candidate
-	for _, o := range found {
-		if p, ok := o.(*corev1.Pod); ok {
-			if c := u.pods[string(p.UID)]; c != nil {
-				out = append(out, *c)
-			}
-		}
-	}
-	slices.SortFunc(out, func(a, b candidate) int {
-		if a.PodUID < b.PodUID {
-			return -1
-		}
-		return 1
-	})
-	return out
-}
-
 // of returns the live workload with a UID, nil if there is none.
 func (u *update) of(uid string) *workloads.Workload {
-	if c := u.pods[uid]; c != nil {
+	if c := u.pods.byUID[uid]; c != nil {
 		return c.Workload
 	}
 	return nil
@@ -245,33 +222,35 @@ func (u *update) of(uid string) *workloads.Workload {
 
 // selectorIndex finds the services of a namespace that select given labels, by
 // one label that each of them wants.
-type selectorIndex struct {
-	byLabel map[[2]string][]*corev1.Service
+type selectorIndex map[[2]string][]*corev1.Service
+
+// indexSelectors goes by the services as they have been taken, not by what the
+// informers know by now: the next update starts from what this one has seen.
+func (u *update) indexSelectors() {
+	u.selectors = map[string]selectorIndex{}
+	for _, s := range u.services {
+		if s.object == nil {
+			continue
+		}
+		label, ok := greatest(s.object.Spec.Selector)
+		if !ok {
+			continue
+		}
+		ix := u.selectors[s.object.Namespace]
+		if ix == nil {
+			ix = selectorIndex{}
+			u.selectors[s.object.Namespace] = ix
+		}
+		ix[label] = append(ix[label], s.object)
+	}
 }
 
 // selecting returns the services that select such a pod, by name.
 func (u *update) selecting(namespace string, labels map[string]string) []*corev1.Service {
 	ix := u.selectors[namespace]
-	if ix == nil {
-		ix = &selectorIndex{byLabel: map[[2]string][]*corev1.Service{}}
-		u.selectors[namespace] = ix
-		found, err := u.cfg.Informers.services.ByIndex(IndexNamespace, namespace)
-		if err != nil {
-			found = nil
-		}
-		for _, o := range found {
-			s, ok := o.(*corev1.Service)
-			if !ok {
-				continue
-			}
-			if label, ok := greatest(s.Spec.Selector); ok {
-				ix.byLabel[label] = append(ix.byLabel[label], s)
-			}
-		}
-	}
 	var out []*corev1.Service
 	for k, v := range labels {
-		for _, s := range ix.byLabel[[2]string{k, v}] {
+		for _, s := range ix[[2]string{k, v}] {
 			if selects(s, namespace, labels) {
 				out = append(out, s)
 			}
@@ -344,17 +323,9 @@ func (ix *labelIndex) with(label [2]string) []*workloads.Workload {
 }
 
 func (u *update) inNamespace(namespace string) []*workloads.Workload {
-	found, err := u.cfg.Informers.pods.ByIndex(IndexNamespace, namespace)
-	if err != nil {
-		return nil
-	}
-	out := make([]*workloads.Workload, 0, len(found))
-	for _, o := range found {
-		if p, ok := o.(*corev1.Pod); ok {
-			if c := u.pods[string(p.UID)]; c != nil {
-				out = append(out, c.Workload)
-			}
-		}
+	out := make([]*workloads.Workload, 0, len(u.pods.byNamespace[namespace]))
+	for _, c := range u.pods.byNamespace[namespace] {
+		out = append(out, c.Workload)
 	}
 	return out
 }
