@@ -57,6 +57,9 @@ type JWTRule struct {
 	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1ms')",message="must be a valid duration greater than 1ms"
 	Timeout string `json:"timeout,omitempty"`
 	// Claims that hold a list separated by spaces, besides scope and permission.
+	//
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MinLength=1
 	SpaceDelimitedClaims []string `json:"spaceDelimitedClaims,omitempty"`
 }
 
