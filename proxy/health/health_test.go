@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -197,35 +198,67 @@ func TestHTTPProbes(t *testing.T) {
 
 // However many ask, the application is asked once at a time, and all get its answer.
 func TestProbesAreShared(t *testing.T) {
-	app := &application{hang: make(chan struct{})}
-	plain := httptest.NewServer(app)
-	defer plain.Close()
-	url := serve(t, health.Probes(map[string]config.Probe{
-		"/app-health/a": {TimeoutSeconds: 60, HTTPGet: &config.HTTPProbe{Path: "/hang", Port: port(t, plain.Listener.Addr().String()), Scheme: "HTTP"}},
-	}, (&net.Dialer{}).DialContext, slog.New(slog.DiscardHandler)))
-	var asking sync.WaitGroup
-	codes := make(chan int, 20)
-	for range 20 {
-		asking.Go(func() {
-			code, _ := get(t, url+"/app-health/a")
-			codes <- code
-		})
-	}
-	time.Sleep(100 * time.Millisecond) // what is asked too often is asked within this
-	app.mu.Lock()
-	n := len(app.asked)
-	app.mu.Unlock()
-	if n != 1 {
-		t.Errorf("the application was asked %d times at once", n)
-	}
-	close(app.hang)
-	asking.Wait()
-	for range 20 {
-		if code := <-codes; code != 200 {
-			t.Errorf("%d", code)
+	synctest.Test(t, func(t *testing.T) {
+		app := &application{hang: make(chan struct{})}
+		l := pipes{make(chan net.Conn), make(chan struct{})}
+		server := &http.Server{Handler: app, ReadHeaderTimeout: time.Minute}
+		go func() { _ = server.Serve(l) }()
+		defer server.Close()
+		probes := health.Probes(map[string]config.Probe{
+			"/app-health/a": {TimeoutSeconds: 60, HTTPGet: &config.HTTPProbe{Path: "/hang", Port: 80, Scheme: "HTTP"}},
+		}, l.dial, slog.New(slog.DiscardHandler))
+		codes := make(chan int, 20)
+		for range cap(codes) {
+			go func() {
+				w := httptest.NewRecorder()
+				r := httptest.NewRequest(http.MethodGet, "/app-health/a", nil)
+				probes.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), http.LocalAddrContextKey, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1})))
+				codes <- w.Code
+			}()
 		}
+		synctest.Wait() // all have asked
+		app.mu.Lock()
+		n := len(app.asked)
+		app.mu.Unlock()
+		if n != 1 {
+			t.Errorf("the application was asked %d times at once", n)
+		}
+		close(app.hang)
+		for range cap(codes) {
+			if code := <-codes; code != 200 {
+				t.Errorf("%d", code)
+			}
+		}
+	})
+}
+
+// pipes listens where dial calls, without a network.
+type pipes struct {
+	calls  chan net.Conn
+	closed chan struct{}
+}
+
+func (p pipes) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	near, far := net.Pipe()
+	select {
+	case p.calls <- far:
+		return near, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 }
+
+func (p pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.calls:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p pipes) Close() error   { close(p.closed); return nil }
+func (p pipes) Addr() net.Addr { return &net.TCPAddr{} }
 
 func TestTCPAndGRPCProbes(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
