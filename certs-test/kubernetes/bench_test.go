@@ -67,6 +67,7 @@ func BenchmarkPolicy(b *testing.B) {
 	from := site(b)
 	const ns, rounds = "bench-policy", 7
 	namespace(b, ns, injected)
+	service(b, ns, "api") // proxies call the pods of services only
 	apps := deploy(b, ns,
 		pod{Name: "api-1", App: "api", Account: "api", Node: "node-1"},
 		pod{Name: "api-2", App: "api", Account: "api", Node: "node-2"},

@@ -29,8 +29,8 @@ func dump(w io.Writer) {
 	say(60, "describe", "pods", "-n", "castellan-system")
 	say(30, "get", "events", "-A", "--sort-by=.lastTimestamp")
 	say(60, "logs", "-n", "castellan-system", "deployment/castellan-server", "--tail=60")
-	say(60, "logs", "-n", "castellan-system", "-l", "app=castellan-agent", "--tail=30", "--prefix")
-	files, _ := filepath.Glob(filepath.Join(shared.Logs(), "*[tr].log")) // kubelets, API server
+	say(60, "logs", "-n", "castellan-system", "-l", "app=castellan-agent", "--tail=12", "--prefix")
+	files, _ := filepath.Glob(filepath.Join(shared.Logs(), "*-kubelet.log")) // of the kubelets
 	for _, f := range files {
 		data, err := os.ReadFile(f)
 		if err != nil {

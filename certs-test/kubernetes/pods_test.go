@@ -232,7 +232,7 @@ func deletePod(t testing.TB, ns, name string) {
 }
 
 // service makes a service for the pods with the label app=NAME, on all the ports.
-func service(t *testing.T, ns, name string, change ...func(spec object)) {
+func service(t testing.TB, ns, name string, change ...func(spec object)) {
 	t.Helper()
 	spec := object{
 		"selector": object{"app": name}, "ipFamilyPolicy": "PreferDualStack",
