@@ -60,12 +60,18 @@ func TestPodsTalkTCP(t *testing.T) {
 // judged as such.
 func TestLateHTTP(t *testing.T) {
 	m := newMesh(t)
-	listen(m.orders.NS, ordersHost, 8083, serveHTTP(web("orders")))
+	reached := make(chan struct{}, 16)
+	listen(m.orders.NS, ordersHost, 8083, func(l net.Listener) { serveHTTP(web("orders"))(announcer{l, reached}) })
 	listen(m.orders.NS, ordersHost, 8084, answerEach(banner))
 	both(t, func(t *testing.T, f family) {
 		c := talk(t, m.frontend.NS, at(f.service(ordersVIP), 83))
-		// Until both proxies have taken it for something on which the server may speak.
-		time.Sleep(time.Second)
+		// Both proxies have taken it for something on which the server may speak, or
+		// nothing would reach the server that was not asked anything.
+		select {
+		case <-reached:
+		case <-time.After(patience):
+			t.Fatal("the server is not let speak")
+		}
 		for range 2 {
 			c.say("GET /late HTTP/1.1\r\nHost: x\r\nX-Forwarded-Client-Cert: forged\r\n\r\n")
 			resp, err := http.ReadResponse(c.r, nil)
@@ -85,6 +91,20 @@ func TestLateHTTP(t *testing.T) {
 		c.over()
 		logged(t, m.orders.access, `"protocol":"TCP"`, `"reason":"http_late"`)
 	})
+}
+
+// announcer tells of each connection that it accepts.
+type announcer struct {
+	net.Listener
+	reached chan<- struct{}
+}
+
+func (a announcer) Accept() (net.Conn, error) {
+	c, err := a.Listener.Accept()
+	if err == nil {
+		a.reached <- struct{}{}
+	}
+	return c, err
 }
 
 // In the clear, where that is permitted, servers speak first too.
