@@ -8,6 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
@@ -89,5 +90,62 @@ func TestPortsOfAService(t *testing.T) {
 	}
 	if n := len(f.Workloads[0].Ports); n != 1001 { // 8080 is one
 		t.Errorf("%d ports are declared", n)
+	}
+}
+
+// TestPlacesOfANamespace: many services do not get around the bound of one, and
+// other namespaces keep what they have; within the bound again, all are back.
+func TestPlacesOfANamespace(t *testing.T) {
+	const ports = 20
+	s := newScene(t, meshPod("shop", "orders-1", "orders", "10.0.0.1"), svc("shop", "orders", "orders"),
+		sliceOf("shop", "orders", nil, endpoint{"10.0.0.1", "uid-orders-1"}))
+	name := func(i int) string { return fmt.Sprint("many-", i) }
+	for i := range 6 {
+		many := svc("evil", name(i), "")
+		many.Spec.Ports = nil
+		slice := manySlices(1, func(*discoveryv1.EndpointSlice) {})[0].(*discoveryv1.EndpointSlice)
+		slice.Name, slice.Labels, slice.Ports = name(i), map[string]string{discoveryv1.LabelServiceName: name(i)}, nil
+		for p := range ports {
+			port, number := fmt.Sprint("p", p), int32(1000+p)
+			many.Spec.Ports = append(many.Spec.Ports, corev1.ServicePort{Name: port, Port: number})
+			slice.Ports = append(slice.Ports, discoveryv1.EndpointPort{Name: &port, Port: &number})
+		}
+		if err := s.client.Tracker().Add(many); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.client.Tracker().Add(slice); err != nil {
+			t.Fatal(err)
+		}
+	}
+	with := func() (evil, shop int) {
+		for _, svc := range s.inv.Current().Services {
+			switch {
+			case len(svc.Endpoints) == 0:
+			case svc.Namespace == "evil":
+				evil++
+			default:
+				shop++
+			}
+		}
+		return evil, shop
+	}
+	revision := func() uint64 {
+		services := s.inv.Current().Services
+		return services[len(services)-2].Revision // the last of evil's
+	}
+	eventually(t, "five of six", func() bool {
+		evil, shop := with()
+		return evil == 5 && shop == 1 && len(s.inv.Current().Services) == 7
+	})
+	before := revision()
+	if err := s.client.CoreV1().Services("evil").Delete(t.Context(), name(0), metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the sixth", func() bool {
+		evil, shop := with()
+		return evil == 5 && shop == 1 && len(s.inv.Current().Services) == 6
+	})
+	if revision() == before {
+		t.Error("the service has its endpoints back, and is called the same")
 	}
 }

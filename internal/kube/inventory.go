@@ -217,6 +217,7 @@ func (inv *Inventory) reading() *workloads.File {
 		}
 		return strings.Compare(a.Name, b.Name)
 	})
+	inv.share(file.Services)
 	return file
 }
 
