@@ -314,17 +314,23 @@ func (a *app) answers(t testing.TB, want int, url string, header ...string) (r c
 	return r
 }
 
-// fails makes a call until it fails and the application has not been reached: without
-// an answer, or with one of a proxy.
+// fails makes a call until it fails twice in a row, in the same way, and the application
+// has not been reached: without an answer, or with one of a proxy. Once may be chance.
 func (a *app) fails(t *testing.T, c control.Call) (r control.Result) {
 	t.Helper()
 	c.Fresh = true
+	last := -1
 	eventually(t, fmt.Sprintf("%s cannot call %s %s", a.Name, c.Kind, c.URL), func() (err error) {
 		if r, err = a.call(c); err != nil {
 			return err
 		}
 		if r.Error == "" && r.Status < 400 || r.Seen != nil {
+			last = -1
 			return fmt.Errorf("%+v", r)
+		}
+		if last != r.Status {
+			last = r.Status
+			return fmt.Errorf("failed once: %+v", r)
 		}
 		return nil
 	})

@@ -205,13 +205,13 @@ func TestPoliciesAreValidated(t *testing.T) {
 			}
 		}
 	}
-	for name, spec := range map[string]string{
-		"ALLOW without rules":           `{}`,
-		"selector that matches nothing": `{selector: {matchLabels: {app: nobody}}, rules: [{}]}`,
+	for spec, warning := range map[string]string{
+		`{}`: "denies every request",
+		`{selector: {matchLabels: {app: nobody}}, rules: [{}]}`: "selects no workload",
 	} {
 		r := apply(t, "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: risky, namespace: validated}\nspec: "+spec+"\n")
-		if !strings.Contains(r.err, "Warning") {
-			t.Errorf("%s: no warning: %s", name, r)
+		if !strings.Contains(r.err, "Warning: ") || !strings.Contains(r.err, warning) {
+			t.Errorf("%s: no warning that it %s: %s", spec, warning, r)
 		}
 	}
 	// The older version of the API is served too.

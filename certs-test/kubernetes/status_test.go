@@ -82,7 +82,7 @@ spec:
 	counts := func(what string) {
 		t.Helper()
 		eventually(t, what, func() error {
-			if c := programmed(t, ns, "api").condition("Programmed"); !strings.Contains(c.Message, "2") {
+			if c := programmed(t, ns, "api").condition("Programmed"); !strings.Contains(c.Message, "2 of 2 ") {
 				return fmt.Errorf("%+v", c)
 			}
 			return nil
