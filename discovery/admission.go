@@ -35,10 +35,13 @@ type docStatus struct {
 
 // admission is the outcome for all documents. It is immutable.
 type admission struct {
-	docs     []*inForce // by kind, namespace and name
-	denials  []denial
-	statuses []docStatus
-	good     map[Ref]good
+	docs    []*inForce // by kind, namespace and name
+	denials []denial
+	// denialsIn are the places in denials of those for one namespace; "" has those
+	// that may be for any.
+	denialsIn map[string][]int
+	statuses  []docStatus
+	good      map[Ref]good
 	// sources are the texts of the files that documents come from, by path, as far
 	// as nothing in them was refused.
 	sources map[string]*source
@@ -48,7 +51,7 @@ type admission struct {
 // version of every other, and where there is none a denial for whoever it could
 // select (rule 21: a policy that cannot be read may have been a DENY).
 func admit(docs []FileDocument, before map[Ref]good) *admission {
-	a := &admission{good: map[Ref]good{}, sources: map[string]*source{}}
+	a := &admission{good: map[Ref]good{}, denialsIn: map[string][]int{}, sources: map[string]*source{}}
 	mentioned := map[Ref]bool{}
 	for _, d := range docs {
 		mentioned[d.Ref] = true
@@ -84,6 +87,7 @@ func admit(docs []FileDocument, before map[Ref]good) *admission {
 	}
 	for _, st := range a.statuses {
 		if st.denies != nil {
+			a.denialsIn[st.denies.namespace] = append(a.denialsIn[st.denies.namespace], len(a.denials))
 			a.denials = append(a.denials, denial{scope: *st.denies, reason: st.denialReason()})
 		}
 	}

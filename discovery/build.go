@@ -226,12 +226,21 @@ func (b *builder) trim(s *state) {
 
 // deny returns why the workload denies everything, "" if it does not.
 func (a *admission) deny(w *workloads.Workload, mesh policy.Mesh) string {
-	for _, d := range a.denials {
-		if d.scope.covers(w.Namespace, w.Labels, mesh) {
-			return d.reason
+	// By namespace: what one of them has had refused costs the workloads of others
+	// nothing. The first that covers the workload is named.
+	first := len(a.denials)
+	for _, ns := range [...]string{"", rootNamespace(mesh), w.Namespace} {
+		for _, i := range a.denialsIn[ns] {
+			if i < first && a.denials[i].scope.covers(w.Namespace, w.Labels, mesh) {
+				first = i
+				break
+			}
 		}
 	}
-	return ""
+	if first == len(a.denials) {
+		return ""
+	}
+	return a.denials[first].reason
 }
 
 func portMessages(ports []workloads.Port) []*castellanv1.WorkloadPort {
