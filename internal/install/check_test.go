@@ -180,6 +180,10 @@ func TestCheckFinds(t *testing.T) {
 		"server": {spoil: func(t *testing.T, r *running) {
 			r.status(t, "deployments", "castellan-server", map[string]any{"updatedReplicas": int64(1), "replicas": int64(1)})
 		}, check: "server", status: install.Failed, message: "0 of 1 ready"},
+		"a server scaled to none": {spoil: func(t *testing.T, r *running) {
+			r.set(t, "apps", "deployments", namespace, "castellan-server", int64(0), "spec", "replicas")
+			r.status(t, "deployments", "castellan-server", map[string]any{})
+		}, check: "server", status: install.Failed, message: "0 of 1 ready"},
 		"a rollout": {spoil: func(t *testing.T, r *running) {
 			r.status(t, "daemonsets", "castellan-agent", map[string]any{"desiredNumberScheduled": int64(2), "updatedNumberScheduled": int64(1), "numberAvailable": int64(2)})
 		}, check: "agents", status: install.Failed, message: "1 of 2 ready"},

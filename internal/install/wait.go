@@ -125,7 +125,8 @@ func rolledOut(o *unstructured.Unstructured) (bool, string, error) {
 		}
 		want = 1
 		if d.Spec.Replicas != nil {
-			want = *d.Spec.Replicas
+			// One that was scaled to none has nobody left to be ready.
+			want = max(*d.Spec.Replicas, 1)
 		}
 		updated, ready = d.Status.UpdatedReplicas, d.Status.AvailableReplicas
 		observed, generation = d.Status.ObservedGeneration, d.Generation
