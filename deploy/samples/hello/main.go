@@ -44,7 +44,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	case len(args) > 1 && args[0] == "get":
 		return get(ctx, args[1:], stdout)
 	}
-	return errors.New("usage: hello serve [-listen ADDRESS] | hello get URL...")
+	return errors.New("usage: hello serve [-listen ADDRESS] | hello get URL [URL]")
 }
 
 func serve(ctx context.Context, address string) error {
