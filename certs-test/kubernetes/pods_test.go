@@ -355,12 +355,13 @@ func calledBy(t *testing.T, r control.Result, caller *app) {
 	if r.Seen == nil {
 		t.Fatalf("no answer of the application: %+v", r)
 	}
-	header := http.Header(r.Seen.Header)
-	xfcc := header["X-Forwarded-Client-Cert"]
-	if len(xfcc) == 0 {
-		xfcc = header["x-forwarded-client-cert"]
+	var xfcc []string
+	for name, values := range r.Seen.Header { // gRPC's are in lower case
+		if strings.EqualFold(name, "x-forwarded-client-cert") {
+			xfcc = values
+		}
 	}
-	if xfcc = append(xfcc, header.Values("x-forwarded-client-cert")...); len(xfcc) == 0 || !strings.Contains(xfcc[0], "URI="+caller.id()) {
+	if len(xfcc) != 1 || !strings.Contains(xfcc[0], "URI="+caller.id()) {
 		t.Errorf("the application saw the caller %q, want %s", xfcc, caller.id())
 	}
 }

@@ -218,7 +218,7 @@ func (c *caller) callGRPC(ctx context.Context, call control.Call, r *control.Res
 	if err := stream.CloseSend(); err != nil {
 		return err
 	}
-	if _, err := stream.Recv(); err != io.EOF {
+	if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
 		return fmt.Errorf("the stream ended with %w", err)
 	}
 	return nil
