@@ -116,6 +116,7 @@ func TestDisruptNodeDrained(t *testing.T) {
 		return ready(1, func(n string) bool { return n == "node-2" })
 	})
 	l := startLoad(t, "api."+ns, from.web)
+	l.end("stream") // a connection to a pod that goes ends with it
 	defer func() {
 		if _, err := kubectl("", "uncordon", "node-2"); err != nil {
 			t.Error(err)

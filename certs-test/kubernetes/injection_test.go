@@ -61,6 +61,46 @@ func TestWhoIsInjected(t *testing.T) {
 	}
 }
 
+// Promise: a namespace that is labelled has its next pods injected, and one that is no
+// longer labelled does not; pods that are there stay as they are.
+func TestLabelComesAndGoes(t *testing.T) {
+	t.Parallel()
+	needCluster(t)
+	const ns = "label-comes"
+	namespace(t, ns)
+	deploy(t, ns, pod{Name: "before"})
+	label := func(value any) {
+		t.Helper()
+		if err := api.merge("/api/v1/namespaces/"+ns, object{"metadata": object{"labels": object{"istio-injection": value}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	becomes := func(want int) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("new pods have %d containers", want), func() error {
+			var made podObject
+			if err := api.post("/api/v1/namespaces/"+ns+"/pods?dryRun=All", pod{Name: "new", Account: "before"}.object(ns), &made); err != nil {
+				return err
+			}
+			if got := made.containers(); len(got) != want {
+				return fmt.Errorf("%q", got)
+			}
+			return nil
+		})
+	}
+	label("enabled")
+	becomes(3)
+	one(t, ns, pod{Name: "during"})
+	label(nil)
+	becomes(1)
+	if got := containers(t, ns, "before"); len(got) != 1 {
+		t.Errorf("the pod of before has %q", got)
+	}
+	if got := containers(t, ns, "during"); len(got) != 3 {
+		t.Errorf("the pod of meanwhile has %q", got)
+	}
+}
+
 type podObject struct {
 	Metadata struct {
 		Labels, Annotations map[string]string

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -23,7 +24,7 @@ type loads struct {
 }
 
 // startLoad calls a service from each of the callers, by every protocol, over
-// connections that live and over new ones.
+// connections that live and over new ones. One connection must outlive everything.
 func startLoad(t *testing.T, host string, from ...*app) *loads {
 	t.Helper()
 	l := &loads{t: t}
@@ -40,9 +41,15 @@ func startLoad(t *testing.T, host string, from ...*app) *loads {
 			{Every: 100 * time.Millisecond, Call: control.Call{Kind: "http", URL: "http://" + host + "/", Fresh: true}},
 			{Every: 50 * time.Millisecond, Call: control.Call{Kind: "grpc", URL: host + ":9090"}},
 			{Every: 100 * time.Millisecond, Call: control.Call{Kind: "tcp", URL: host + ":9000", Body: "x"}},
+			{Every: 50 * time.Millisecond, Call: control.Call{Kind: "websocket", URL: "ws://" + host + "/ws", Body: "x"}},
+			{Every: 50 * time.Millisecond, Call: control.Call{Kind: "stream", URL: host + ":9000", Body: "x"}},
 		} {
 			// What cannot be called at all is no matter of the load.
-			succeeds(t, caller, load.Call)
+			first := load.Call
+			if first.Kind == "stream" {
+				first.Kind = "tcp"
+			}
+			succeeds(t, caller, first)
 			var id string
 			if err := caller.ask("POST", "/load", load, &id); err != nil {
 				t.Fatal(err)
@@ -81,6 +88,20 @@ func (l *loads) stop() {
 		if r.Failed > 0 || r.Calls == 0 {
 			l.t.Errorf("%s: %d of %d calls failed:\n%s", l.what[i], r.Failed, r.Calls, strings.Join(r.Failures, "\n"))
 		}
+	}
+}
+
+// end ends the streams of calls of a kind before the others.
+func (l *loads) end(kind string) {
+	l.t.Helper()
+	for i := len(l.ids) - 1; i >= 0; i-- {
+		if !strings.Contains(l.what[i], ": "+kind+" ") {
+			continue
+		}
+		if _, err := l.report(i, "DELETE"); err != nil {
+			l.t.Error(err)
+		}
+		l.apps, l.ids, l.what = slices.Delete(l.apps, i, i+1), slices.Delete(l.ids, i, i+1), slices.Delete(l.what, i, i+1)
 	}
 }
 

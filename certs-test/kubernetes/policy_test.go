@@ -217,3 +217,24 @@ func TestPoliciesAreValidated(t *testing.T) {
 	// The older version of the API is served too.
 	apply(t, "apiVersion: security.istio.io/v1beta1\nkind: AuthorizationPolicy\nmetadata: {name: older, namespace: validated}\nspec: {rules: [{}]}\n")
 }
+
+// Promise: what the kinds' own rules say is refused by the API server itself, also where
+// no webhook answers.
+func TestSchemaRefuses(t *testing.T) {
+	t.Parallel()
+	needCluster(t)
+	for name, c := range map[string]struct{ kind, spec, says string }{
+		"selector and targetRefs":    {"AuthorizationPolicy", `{selector: {matchLabels: {app: x}}, targetRefs: [{group: "", kind: Service, name: x}], rules: [{}]}`, "only one of targetRefs or selector"},
+		"accounts and principals":    {"AuthorizationPolicy", `{rules: [{from: [{source: {serviceAccounts: [a], principals: [b]}}]}]}`, "serviceAccounts"},
+		"ports without a selector":   {"PeerAuthentication", `{portLevelMtls: {"8080": {mode: STRICT}}}`, "portLevelMtls requires selector"},
+		"a port that is none":        {"PeerAuthentication", `{selector: {matchLabels: {app: x}}, portLevelMtls: {"99999": {mode: STRICT}}}`, "port must be between"},
+		"keys twice":                 {"RequestAuthentication", `{jwtRules: [{issuer: a, jwks: "{}", jwksUri: "https://example.org"}]}`, "only one of jwks or jwksUri"},
+		"keys over another protocol": {"RequestAuthentication", `{jwtRules: [{issuer: a, jwksUri: "ftp://example.org"}]}`, "http"},
+		"a wildcard in a selector":   {"AuthorizationPolicy", `{selector: {matchLabels: {app: "x*"}}, rules: [{}]}`, "wildcard"},
+	} {
+		text := refused(t, "apiVersion: security.istio.io/v1\nkind: "+c.kind+"\nmetadata: {name: bad, namespace: default}\nspec: "+c.spec+"\n")
+		if !strings.Contains(text, c.says) || strings.Contains(text, "admission webhook") {
+			t.Errorf("%s: %s", name, text)
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"castellan.dev/certs-test/kubernetes/apps/control"
 )
@@ -31,6 +32,8 @@ func TestGoSPIFFEPrograms(t *testing.T) {
 	for _, a := range apps {
 		if id := a.identity(t); id.ID != a.id() {
 			t.Errorf("%s is %s, want %s", a.Name, id.ID, a.id())
+		} else if id.Served > 10*300*time.Millisecond {
+			t.Errorf("%s waited %s for its first certificate", a.Name, id.Served)
 		}
 	}
 	for _, name := range []string{"server", "neighbour"} {

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"castellan.dev/certs-test/kubernetes/apps/control"
 )
 
 // policyStatus is what the server wrote into a policy.
@@ -75,7 +77,8 @@ spec:
 	if c := p.condition("Programmed"); c.Message == "" || c.Reason == "" {
 		t.Errorf("nothing to read: %+v", c)
 	}
-	deploy(t, ns,
+	service(t, ns, "api")
+	apps := deploy(t, ns,
 		pod{Name: "api-1", App: "api", Account: "api", Node: "node-1"},
 		pod{Name: "api-2", App: "api", Account: "api", Node: "node-2"},
 	)
@@ -91,6 +94,7 @@ spec:
 	counts("two proxies are counted")
 	before := programmed(t, ns, "api").Metadata.Generation
 	apply(t, fmt.Sprintf(text, "elsewhere"))
+	applied := time.Now()
 	eventually(t, "the next generation is in force", func() error {
 		if now := programmed(t, ns, "api").Metadata.Generation; now != before+1 {
 			return fmt.Errorf("generation %d", now)
@@ -98,6 +102,12 @@ spec:
 		return nil
 	})
 	counts("two proxies are counted again")
+	for _, a := range apps {
+		site(t).web.answers(t, 403, a.url(control.HTTP, "/"))
+	}
+	if took := time.Since(applied); took > 10*time.Second {
+		t.Errorf("in force on both nodes and acknowledged only after %s", took)
+	}
 	r, err := kubectl("", "get", "authorizationpolicies", "-n", ns)
 	if err != nil || !strings.Contains(r.out, "api") || !strings.Contains(r.out, "True") {
 		t.Errorf("kubectl get: %v %s", err, r)

@@ -33,6 +33,8 @@ type caller struct {
 	http1   *http.Client
 	h2c     *http.Client
 
+	live stream
+
 	mu    sync.Mutex
 	grpc  map[string]*grpc.ClientConn
 	loads map[string]*load
@@ -56,6 +58,7 @@ func httpClient(h2c bool) *http.Client {
 }
 
 func (c *caller) close() {
+	c.live.close()
 	c.http1.CloseIdleConnections()
 	c.h2c.CloseIdleConnections()
 	c.mu.Lock()
@@ -105,6 +108,8 @@ func (c *caller) dispatch(ctx context.Context, call control.Call, r *control.Res
 		return callTCP(ctx, call, "", r)
 	case "greeting":
 		return callTCP(ctx, call, control.Greeted, r)
+	case "stream":
+		return c.live.say(ctx, call)
 	}
 	return fmt.Errorf("kind %q", call.Kind)
 }

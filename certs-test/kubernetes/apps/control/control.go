@@ -22,7 +22,8 @@ const Greeted = "220 ready\r\n"
 
 // Call is one request for the application to make.
 type Call struct {
-	// Kind is "http", "h2c", "grpc", "websocket", "tcp", "greeting" or "spiffe".
+	// Kind is "http", "h2c", "grpc", "websocket", "tcp", "greeting", "spiffe" or
+	// "stream", which is one TCP connection for all calls of a load.
 	Kind string `json:"kind"`
 	// URL of http, h2c and websocket; HOST:PORT of the others.
 	URL    string            `json:"url"`
