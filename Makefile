@@ -22,7 +22,7 @@ COMPILE := CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags "-s -w -X cas
 BINARIES := castellan castellan-server castellan-agent castellan-proxy
 # Modules that exist only for their binaries to be built: testing or linting them
 # would compile all of Kubernetes.
-PARTS    := certs-test/kube certs-test/etcd certs-test/coredns
+PARTS    := certs-test/kube certs-test/etcd certs-test/coredns certs-test/helm
 # Every other module of the tree; the first is the product.
 MODULES  := . $(filter-out $(PARTS),$(patsubst %/go.mod,%,$(wildcard certs-test/*/go.mod)))
 

@@ -130,7 +130,7 @@ func prepare(ctx context.Context, config Config) (layout.Options, error) {
 	if err != nil {
 		return opts, err
 	}
-	parts, err := output(ctx, "", config.Log, filepath.Join(source, "..", "tools", "parts"))
+	parts, err := output(ctx, "", config.Log, filepath.Join(source, "..", "tools", "parts"), "kube", "etcd", "coredns")
 	if err != nil {
 		return opts, err
 	}

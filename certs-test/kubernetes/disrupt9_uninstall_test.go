@@ -67,7 +67,8 @@ var kept = []string{
 
 // Promise: uninstalling leaves nothing but state and policies, disturbs nobody's
 // traffic, and installing again goes on with the same roots; with --purge nothing at
-// all is left, and CRDs that Istio installed are used as they are.
+// all is left; helm does the same with the chart; and CRDs that Istio installed are used
+// as they are.
 func TestDisruptUninstall(t *testing.T) {
 	needCluster(t)
 	ctx := context.Background()
@@ -103,6 +104,7 @@ func TestDisruptUninstall(t *testing.T) {
 		t.Errorf("after --purge: %q", got)
 	}
 	untainted(t)
+	byHelm(t)
 
 	istioCRDs(t)
 	install(t, settings())
@@ -124,6 +126,57 @@ func TestDisruptUninstall(t *testing.T) {
 	works(t, "on-istio-crds")
 	if _, err := castellan(ctx, "check"); err != nil {
 		t.Error(err)
+	}
+}
+
+// byHelm installs, upgrades and uninstalls with helm itself, as those do who keep all
+// their charts with it, and leaves nothing.
+func byHelm(t *testing.T) {
+	t.Helper()
+	out, err := exec.Command(filepath.Join("..", "tools", "parts"), "helm").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	helm := func(args ...string) {
+		t.Helper()
+		all := slices.Concat(args, []string{"-n", "castellan-system", "--wait"})
+		if _, err := run(context.Background(), "", filepath.Join(strings.TrimSpace(string(out)), "helm"), all...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	chart := []string{"castellan", filepath.Join("..", "..", "deploy", "chart")}
+	helm(slices.Concat([]string{"install"}, chart, settings(), []string{"--create-namespace"})...)
+	if _, err := castellan(context.Background(), "check"); err != nil {
+		t.Error(err)
+	}
+	before, err := roots()
+	if err != nil {
+		t.Fatal(err)
+	}
+	site(t)
+	works(t, "by-helm")
+	helm(slices.Concat([]string{"upgrade"}, chart, settings(), []string{"--set", "ca.leafTTL=20m"})...)
+	works(t, "by-helm-upgraded")
+	if after, err := roots(); err != nil || !before.Equal(after) {
+		t.Errorf("the roots are others after an upgrade: %v", err)
+	}
+	removeSite(t)
+	helm("uninstall", "castellan")
+	eventually(t, "what helm leaves is state and policies", func() error {
+		if got := ours(t); !slices.Equal(got, kept) {
+			return fmt.Errorf("left: %q\nwant: %q", got, kept)
+		}
+		return nil
+	})
+	untainted(t)
+	purge := []string{"delete", "namespace/castellan-system"}
+	for _, name := range kept {
+		if crd, ok := strings.CutPrefix(name, "customresourcedefinitions/"); ok {
+			purge = append(purge, "crd/"+crd)
+		}
+	}
+	if _, err := kubectl("", purge...); err != nil {
+		t.Fatal(err)
 	}
 }
 

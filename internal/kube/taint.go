@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -24,7 +25,7 @@ const AgentTaint = "castellan.dev/agent-not-ready"
 
 // TaintConfig says which nodes are kept free of pods.
 type TaintConfig struct {
-	// Agents are the accounts that agents run as.
+	// Agents are the accounts that agents run as. Their DaemonSets have their names.
 	Agents []identity.Account
 	// Off removes the taints there are, once.
 	Off bool
@@ -41,10 +42,13 @@ type agents interface {
 // KeepTaints taints every node (of Linux: elsewhere no agent can run) on which no
 // agent is ready, and removes the taint as soon as one is. It keeps new pods away
 // and evicts none; what must run without an agent, first of all the agents and this
-// server, tolerates it. While pods are not known nothing is done. It must be called
-// before the informers run.
+// server, tolerates it. While pods are not known nothing is done. Where the agents'
+// DaemonSet is deleted no agent is waited for: whoever uninstalls, by whatever tool,
+// must not be left with nodes that take no pod. It must be called before the informers
+// run.
 //
-// RBAC: nodes list, watch, patch; cluster-wide, as they have no other scope.
+// RBAC: nodes list, watch, patch, cluster-wide, as they have no other scope; daemonsets
+// get, of the agents' names.
 func KeepTaints(c *Client, informers agents, cfg TaintConfig) run.Part {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -140,6 +144,7 @@ func (t *taints) keep(ctx context.Context) (time.Duration, error) {
 		return unreadyEvery, nil
 	}
 	var errs []error
+	due := sync.OnceValues(func() (bool, error) { return t.due(ctx) })
 	for _, o := range t.nodes.List() {
 		node, ok := o.(*corev1.Node)
 		if !ok || node.DeletionTimestamp != nil || ctx.Err() != nil {
@@ -148,9 +153,12 @@ func (t *taints) keep(ctx context.Context) (time.Duration, error) {
 		if os := node.Labels[corev1.LabelOSStable]; os != "" && os != "linux" {
 			continue
 		}
-		ready, err := t.ready(node.Name)
-		if err == nil && ready == (tainted(node) >= 0) {
-			err = t.patch(ctx, node, !ready)
+		want, err := t.ready(node.Name)
+		if want = !want; want && err == nil {
+			want, err = due()
+		}
+		if err == nil && want != (tainted(node) >= 0) {
+			err = t.patch(ctx, node, want)
 		}
 		// Somebody else changed the node meanwhile: the watch brings it, and wakes us.
 		if err != nil && !apierrors.IsConflict(err) {
@@ -158,6 +166,23 @@ func (t *taints) keep(ctx context.Context) (time.Duration, error) {
 		}
 	}
 	return 0, errors.Join(errs...)
+}
+
+// due reports whether agents are to be expected on nodes. Not to know changes nothing
+// on any node.
+func (t *taints) due(ctx context.Context) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	for _, a := range t.cfg.Agents {
+		set, err := t.c.Kubernetes().AppsV1().DaemonSets(a.Namespace()).Get(ctx, a.Name(), metav1.GetOptions{})
+		if err == nil && set.DeletionTimestamp == nil {
+			return true, nil
+		}
+		if absent(err) != nil {
+			return false, fmt.Errorf("daemonset %s/%s: %w", a.Namespace(), a.Name(), err)
+		}
+	}
+	return false, nil
 }
 
 // operation is one of a JSON patch (RFC 6902).

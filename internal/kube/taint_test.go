@@ -7,9 +7,11 @@ import (
 	"sync"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -75,6 +77,15 @@ func node(name string, taints ...corev1.Taint) *corev1.Node {
 	return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"kubernetes.io/os": "linux"}}, Spec: corev1.NodeSpec{Taints: taints}}
 }
 
+// daemonSet is that of the agents.
+func daemonSet(change ...func(*appsv1.DaemonSet)) *appsv1.DaemonSet {
+	d := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "castellan-agent"}}
+	for _, c := range change {
+		c(d)
+	}
+	return d
+}
+
 var (
 	foreign = corev1.Taint{Key: "node.kubernetes.io/unreachable", Effect: corev1.TaintEffectNoExecute}
 	ours    = corev1.Taint{Key: "castellan.dev/agent-not-ready", Effect: corev1.TaintEffectNoSchedule}
@@ -109,7 +120,7 @@ func newTaints(t *testing.T, c *fakeCluster, off bool, log *syncedLog) *agentVie
 func TestTaints(t *testing.T) {
 	windows := node("windows")
 	windows.Labels["kubernetes.io/os"] = "windows"
-	c := newCluster(t, node("ready"), node("bare"), node("full", foreign, ours), node("pending", foreign), windows)
+	c := newCluster(t, node("ready"), node("bare"), node("full", foreign, ours), node("pending", foreign), windows, daemonSet())
 	v := newTaints(t, c, false, &syncedLog{})
 	v.put(t, agentOn("ready", corev1.ConditionTrue))
 	v.put(t, agentOn("full", corev1.ConditionTrue))
@@ -168,7 +179,7 @@ func TestTaints(t *testing.T) {
 // TestTaintsAreConflictSafe: a patch made from an old view is refused, and made anew
 // from the new one.
 func TestTaintsAreConflictSafe(t *testing.T) {
-	c := newCluster(t, node("a", foreign))
+	c := newCluster(t, node("a", foreign), daemonSet())
 	v := newTaints(t, c, false, &syncedLog{})
 	var once sync.Once
 	c.setFail(func(verb, resource string) error {
@@ -193,6 +204,41 @@ func TestTaintsAreConflictSafe(t *testing.T) {
 	})
 	v.sync()
 	within30s(t, "tainted", func() bool { return slices.Equal(c.taintsOf(t, "a"), []string{ours.Key}) })
+}
+
+// TestTaintsWithoutAgents: where the agents are uninstalled no node is tainted when
+// they go, and those that are lose the taint; not to know changes nothing.
+func TestTaintsWithoutAgents(t *testing.T) {
+	now := metav1.Now()
+	leaving := func(d *appsv1.DaemonSet) { d.DeletionTimestamp, d.Finalizers = &now, []string{"foregroundDeletion"} }
+	for name, objects := range map[string][]runtime.Object{
+		"deleted": nil, "being deleted": {daemonSet(leaving)}, "another's": {daemonSet(func(d *appsv1.DaemonSet) { d.Namespace = "other" })},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newCluster(t, append(objects, node("a"), node("b", foreign, ours))...)
+			v := newTaints(t, c, false, &syncedLog{})
+			v.put(t, agentOn("a", corev1.ConditionFalse))
+			v.sync()
+			within30s(t, "untainted", func() bool { return slices.Equal(c.taintsOf(t, "b"), []string{foreign.Key}) })
+			if got := c.taintsOf(t, "a"); len(got) != 0 {
+				t.Errorf("a has %q", got)
+			}
+		})
+	}
+	c := newCluster(t, node("a"), node("b", ours), daemonSet())
+	c.setFail(func(verb, resource string) error {
+		if resource == "daemonsets" {
+			return apierrors.NewForbidden(schema.GroupResource{Resource: "daemonsets"}, "castellan-agent", errors.New("no"))
+		}
+		return nil
+	})
+	var log syncedLog
+	v := newTaints(t, c, false, &log)
+	v.sync()
+	within30s(t, "told", func() bool { return strings.Contains(log.String(), "daemonset") })
+	if a, b := c.taintsOf(t, "a"), c.taintsOf(t, "b"); len(a) != 0 || len(b) != 1 || c.count("patch", "nodes") != 0 {
+		t.Errorf("a has %q, b %q", a, b)
+	}
 }
 
 // TestTaintsOff: what an earlier configuration left is removed, once; without the
