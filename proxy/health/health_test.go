@@ -303,8 +303,8 @@ func TestTCPAndGRPCProbes(t *testing.T) {
 	check("/app-health/all", 503)
 }
 
-// A source has its share of connections and no more; what it gives back it may
-// have again.
+// Whoever holds most connections loses the oldest of them to whoever comes: so a
+// kubelet is served, though others sit on all places, and its source on all of its.
 func TestLimit(t *testing.T) {
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -312,17 +312,8 @@ func TestLimit(t *testing.T) {
 	}
 	l := health.Limit(inner)
 	defer l.Close()
-	accepted := make(chan net.Conn, 1000)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			accepted <- c
-		}
-	}()
-	from := func(source string) (client, server net.Conn) {
+	type pair struct{ client, server net.Conn }
+	from := func(source string) pair {
 		t.Helper()
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
 		c, err := d.Dial("tcp", inner.Addr().String())
@@ -330,42 +321,58 @@ func TestLimit(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
-		closed := make(chan struct{})
-		go func() { _, _ = c.Read(make([]byte, 1)); close(closed) }()
-		select {
-		case s := <-accepted:
-			t.Cleanup(func() { s.Close() })
-			return c, s
-		case <-closed:
-			return c, nil
+		s, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.Close() })
+		return pair{c, s}
+	}
+	// alive asks by a byte sent from the server.
+	alive := func(p pair) bool {
+		t.Helper()
+		_, err := p.server.Write([]byte("x"))
+		if err == nil {
+			_, err = io.ReadFull(p.client, make([]byte, 1))
+		}
+		return err == nil
+	}
+	are := func(what string, want bool, pairs ...pair) {
+		t.Helper()
+		for i, p := range pairs {
+			if alive(p) != want {
+				t.Errorf("%s: connection %d is alive: %t", what, i, !want)
+			}
 		}
 	}
-	var last net.Conn
-	for i := range 32 {
-		if _, last = from("127.0.0.1"); last == nil {
-			t.Fatalf("connection %d was refused", i)
-		}
+	kubelet := from("127.0.0.1")
+	var greedy []pair
+	for range 32 {
+		greedy = append(greedy, from("127.0.1.0"))
 	}
-	if _, s := from("127.0.0.1"); s != nil {
-		t.Error("more than its share")
+	are("at its share", true, greedy...)
+	greedy = append(greedy, from("127.0.1.0"))
+	are("the oldest of a source above its share", false, greedy[0])
+	are("the others of it", true, greedy[1:]...)
+	greedy[1].server.Close()
+	greedy[1].server.Close() // once counts
+	greedy = append(greedy[2:], from("127.0.1.0"))
+	are("what was given back is to be had again", true, greedy...)
+	greedy = append(greedy, from("127.0.1.0"))
+	are("but once", false, greedy[0])
+	greedy = greedy[1:]
+	are("of 32", true, greedy...)
+	var singles []pair
+	for i := range 256 - 1 - 32 {
+		singles = append(singles, from(fmt.Sprintf("127.0.2.%d", i)))
 	}
-	if _, s := from("127.0.0.2"); s == nil {
-		t.Error("another source was refused")
+	are("below the bound of all", true, greedy...)
+	for i := range len(greedy) - 1 {
+		singles = append(singles, from(fmt.Sprintf("127.0.3.%d", i)))
+		are("the oldest of who holds most", false, greedy[i])
 	}
-	last.Close()
-	last.Close() // once counts
-	if _, s := from("127.0.0.1"); s == nil {
-		t.Error("what was given back is not to be had")
-	}
-	if _, s := from("127.0.0.1"); s != nil {
-		t.Error("more than its share, after one was given back")
-	}
-	for i := range 256 - 33 {
-		if _, s := from(fmt.Sprintf("127.0.1.%d", i)); s == nil {
-			t.Fatalf("source %d was refused", i)
-		}
-	}
-	if _, s := from("127.0.2.1"); s != nil {
-		t.Error("more than there are in all")
-	}
+	are("who holds little", true, append(singles, kubelet, greedy[len(greedy)-1])...)
+	from("127.0.4.0")
+	are("the oldest where all hold one", false, kubelet)
+	are("the rest", true, singles...)
 }
