@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/tap"
+
+	"castellan.dev/internal/crowd"
 )
 
 const (
@@ -155,6 +157,7 @@ func (d dispatcher) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 	}
 	if tlsInfo, ok := info.(credentials.TLSInfo); ok {
 		if _, _, err := d.front.gate.judge(&tlsInfo.State); err == nil {
+			crowd.Known(raw)
 			return conn, info, nil
 		}
 	}

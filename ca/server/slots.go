@@ -47,9 +47,9 @@ func (s *slots) enter(from netip.Prefix) (leave func(), ok bool) {
 	}), true
 }
 
-// Source is what counts as one source of connections: an IPv4 address, or the /64
+// addressSource is what counts as one source of connections: an IPv4 address, or the /64
 // of an IPv6 address, which one host may have for itself. Zero if a has no address.
-func Source(a string) netip.Prefix {
+func addressSource(a string) netip.Prefix {
 	ap, err := netip.ParseAddrPort(a)
 	if err != nil {
 		return netip.Prefix{}
@@ -68,7 +68,7 @@ func Source(a string) netip.Prefix {
 
 func sourceOf(ctx context.Context) netip.Prefix {
 	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
-		return Source(p.Addr.String())
+		return addressSource(p.Addr.String())
 	}
 	return netip.Prefix{}
 }

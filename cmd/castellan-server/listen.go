@@ -9,24 +9,23 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/net/netutil"
-
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/crowd"
 )
 
-// maxConnections bounds the open connections of the gRPC listener: ten times as
-// many as a large mesh has nodes.
-const (
-	maxConnections = 16384
-	// maxConnectionsPerSource keeps one host from taking all of them. An agent needs
-	// two or three; many may stand behind one address.
-	maxConnectionsPerSource = 1024
-	// Of the webhooks: an API server sends all its reviews over a few connections.
-	maxReviewers          = 2048
-	maxReviewersPerSource = 256
-	// Of health and metrics.
-	maxObservers          = 1024
-	maxObserversPerSource = 128
+// How many connections each port may have. Memory is what counts: an idle one of
+// HTTP/2 takes 34 KB, and as much again with a head that never ends.
+var (
+	// agents are ten times as many as a large mesh has nodes. One needs two or three;
+	// many may stand behind one address.
+	agents = crowd.Bounds{Total: 16384, PerSource: 1024}
+	// callers of the same port have shown no agent's certificate: agents that have none
+	// yet, and whoever else.
+	callers = crowd.Bounds{Total: 2048, PerSource: 256}
+	// reviewers are of the webhooks: an API server sends all its reviews over a few.
+	reviewers = crowd.Bounds{Total: 2048, PerSource: 256}
+	// observers ask for health and metrics.
+	observers = crowd.Bounds{Total: 1024, PerSource: 128}
 )
 
 // listeners are opened before anything else, so that a second server on the same
@@ -45,16 +44,16 @@ func listen(cfg *config.Server) (l listeners, err error) {
 	if l.grpc, err = listenTCP("listen", cfg.Listen); err != nil {
 		return l, err
 	}
-	l.grpc = limitSources(netutil.LimitListener(l.grpc, maxConnections), maxConnectionsPerSource)
+	l.grpc = crowd.Limit(l.grpc, callers, agents)
 	if l.http, err = listenTCP("http", cfg.HTTP); err != nil {
 		return l, err
 	}
-	l.http = limitSources(netutil.LimitListener(l.http, maxObservers), maxObserversPerSource)
+	l.http = crowd.Limit(l.http, observers, crowd.Bounds{})
 	if cfg.Webhook != nil {
 		if l.webhook, err = listenTCP("webhook.listen", cfg.Webhook.Listen); err != nil {
 			return l, err
 		}
-		l.webhook = limitSources(netutil.LimitListener(l.webhook, maxReviewers), maxReviewersPerSource)
+		l.webhook = crowd.Limit(l.webhook, reviewers, crowd.Bounds{})
 	}
 	l.admin, err = listenUnix("adminSocket", cfg.AdminSocket)
 	return l, err

@@ -36,7 +36,7 @@ func serve(t *testing.T, h http.Handler) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- health.Serve(ctx, health.Limit(l), h, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- health.Serve(ctx, l, h, slog.New(slog.DiscardHandler)) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -301,78 +301,4 @@ func TestTCPAndGRPCProbes(t *testing.T) {
 	<-served
 	check("/app-health/tcp", 503)
 	check("/app-health/all", 503)
-}
-
-// Whoever holds most connections loses the oldest of them to whoever comes: so a
-// kubelet is served, though others sit on all places, and its source on all of its.
-func TestLimit(t *testing.T) {
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := health.Limit(inner)
-	defer l.Close()
-	type pair struct{ client, server net.Conn }
-	from := func(source string) pair {
-		t.Helper()
-		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
-		c, err := d.Dial("tcp", inner.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		s, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { s.Close() })
-		return pair{c, s}
-	}
-	// alive asks by a byte sent from the server.
-	alive := func(p pair) bool {
-		t.Helper()
-		_, err := p.server.Write([]byte("x"))
-		if err == nil {
-			_, err = io.ReadFull(p.client, make([]byte, 1))
-		}
-		return err == nil
-	}
-	are := func(what string, want bool, pairs ...pair) {
-		t.Helper()
-		for i, p := range pairs {
-			if alive(p) != want {
-				t.Errorf("%s: connection %d is alive: %t", what, i, !want)
-			}
-		}
-	}
-	kubelet := from("127.0.0.1")
-	var greedy []pair
-	for range 32 {
-		greedy = append(greedy, from("127.0.1.0"))
-	}
-	are("at its share", true, greedy...)
-	greedy = append(greedy, from("127.0.1.0"))
-	are("the oldest of a source above its share", false, greedy[0])
-	are("the others of it", true, greedy[1:]...)
-	greedy[1].server.Close()
-	greedy[1].server.Close() // once counts
-	greedy = append(greedy[2:], from("127.0.1.0"))
-	are("what was given back is to be had again", true, greedy...)
-	greedy = append(greedy, from("127.0.1.0"))
-	are("but once", false, greedy[0])
-	greedy = greedy[1:]
-	are("of 32", true, greedy...)
-	var singles []pair
-	for i := range 256 - 1 - 32 {
-		singles = append(singles, from(fmt.Sprintf("127.0.2.%d", i)))
-	}
-	are("below the bound of all", true, greedy...)
-	for i := range len(greedy) - 1 {
-		singles = append(singles, from(fmt.Sprintf("127.0.3.%d", i)))
-		are("the oldest of who holds most", false, greedy[i])
-	}
-	are("who holds little", true, append(singles, kubelet, greedy[len(greedy)-1])...)
-	from("127.0.4.0")
-	are("the oldest where all hold one", false, kubelet)
-	are("the rest", true, singles...)
 }
