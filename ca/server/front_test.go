@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"context"
 	"bytes"
 	"crypto/tls"
 	"encoding/binary"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	istiov1 "istio.io/api/security/v1alpha1"
 
@@ -219,4 +221,44 @@ func (w *world) counted(t *testing.T, name string) (sum float64) {
 		}
 	}
 	return sum
+}
+
+// TestAgentsAreNotCrowdedOut: connections of anybody drive out each other, and never
+// an agent's.
+func TestAgentsAreNotCrowdedOut(t *testing.T) {
+	w := newWorld(t, options{callers: 2})
+	agent := w.dial(w.certificate(t, w.agentToken, w.agentToken, 600))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	stream, err := healthv1.NewHealthClient(agent).Watch(ctx, &healthv1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	crowding := make(chan error, 4)
+	for range cap(crowding) {
+		conn, err := tls.Dial("tcp", w.address, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		go func() { _, err := io.Copy(io.Discard, conn); crowding <- err }()
+	}
+	for range 2 { // the oldest of the four
+		<-crowding
+	}
+	// The same connection: another one would have taken a stranger's place.
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := healthv1.NewHealthClient(agent).Check(ctx, &healthv1.HealthCheckRequest{}); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-stream.Context().Done():
+		t.Error("the agent's stream ended")
+	default:
+	}
 }

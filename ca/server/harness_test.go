@@ -40,6 +40,7 @@ import (
 	"castellan.dev/ca/ledger"
 	"castellan.dev/ca/server"
 	"castellan.dev/identity"
+	"castellan.dev/internal/crowd"
 	"castellan.dev/internal/jws"
 	"castellan.dev/internal/jws/jwstest"
 	"castellan.dev/internal/tlsconf"
@@ -143,6 +144,7 @@ type options struct {
 	timeout time.Duration
 	now     func() time.Time
 	review  bool // tokens are verified by review
+	callers int  // connections without an agent's certificate; 0: any number
 }
 
 func newWorld(t testing.TB, o options) *world {
@@ -224,18 +226,21 @@ func newWorld(t testing.TB, o options) *world {
 	s.Register(g)
 	healthv1.RegisterHealthServer(g, health.NewServer()) // stands for every gated method
 	castellanv1.RegisterNodeServer(g, castellanv1.UnimplementedNodeServer{})
-	w.serve(g)
+	w.serve(g, o.callers)
 	w.conn = w.dial(nil)
 	w.agentToken = w.issuer.PodToken(t, time.Now(), agentPod("node-a"), "castellan.dev")
 	return w
 }
 
-func (w *world) serve(g *server.Front) {
+func (w *world) serve(g *server.Front, callers int) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.address = l.Addr().String()
+	if callers > 0 {
+		l = crowd.Limit(l, crowd.Bounds{Total: callers, PerSource: callers}, crowd.Bounds{Total: 1, PerSource: 1})
+	}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = g.Serve(l) }()
 	w.t.Cleanup(func() { g.Stop(); <-done })
