@@ -247,7 +247,7 @@ func (w *world) serve(g *server.Front, callers int) {
 }
 
 // dial connects as any caller does: by the bundle and the server's name.
-func (w *world) dial(cert *tls.Certificate) *grpc.ClientConn {
+func (w *world) dial(cert *tls.Certificate, opts ...grpc.DialOption) *grpc.ClientConn {
 	w.t.Helper()
 	roots := x509.NewCertPool()
 	for _, c := range w.authority.Bundle().Roots {
@@ -257,7 +257,7 @@ func (w *world) dial(cert *tls.Certificate) *grpc.ClientConn {
 	if cert != nil {
 		cfg.Certificates = []tls.Certificate{*cert}
 	}
-	conn, err := grpc.NewClient(w.address, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))
+	conn, err := grpc.NewClient(w.address, append(opts, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))...)
 	if err != nil {
 		w.t.Fatal(err)
 	}
