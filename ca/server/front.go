@@ -110,8 +110,10 @@ func (f *Front) limitTime(ctx context.Context, info *tap.Info) (context.Context,
 	if !f.gate.unaryMethods[info.FullMethodName] {
 		return ctx, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, f.gate.cfg.UnaryTimeout)
-	context.AfterFunc(ctx, cancel) // at the end of the call, when gRPC cancels the parent
+	ctx, end := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithTimeout(withEnd(ctx, end), f.gate.cfg.UnaryTimeout)
+	// At the end of the call, when gRPC cancels the parent.
+	context.AfterFunc(ctx, func() { cancel(); end(nil) })
 	return ctx, nil
 }
 

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"castellan.dev/identity"
+	"castellan.dev/internal/crowd"
 )
 
 // PeerVerifier judges a TLS peer's certificate; *tlsconf.Verifier is one.
@@ -48,7 +49,7 @@ type Gate struct {
 	cfg      GateConfig
 	refusals *prometheus.CounterVec
 	quiet    *quiet
-	unproved *slots
+	calls    *crowd.Places
 	// unaryMethods are filled by registration, before anything is served.
 	unaryMethods map[string]bool
 
@@ -78,7 +79,7 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 	g := &Gate{
 		cfg: cfg, closing: closing, close: cancel,
 		quiet:        newQuiet(cfg.Now, left),
-		unproved:     newSlots(maxUnproved, maxUnprovedPerSource),
+		calls:        crowd.NewPlaces(unprovedCalls),
 		unaryMethods: map[string]bool{},
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "castellan_server_gate_refusals_total",
@@ -98,8 +99,9 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 // Close ends every stream that went through the gate, so that the server can stop.
 func (g *Gate) Close() { g.close(errClosing) }
 
-// unary lets a call to its decoder: one of an open method when there is room for
-// another caller who has not proved himself, any other when an agent makes it.
+// unary lets a call to its decoder: one of an open method whoever makes it, any other
+// when an agent does. Who shows no agent's certificate may be driven out by others like
+// him until he has proved himself.
 func (g *Gate) unary(ctx context.Context, method string, decode func(any) error,
 	next func(context.Context, func(any) error) (any, error),
 ) (_ any, err error) {
@@ -110,18 +112,19 @@ func (g *Gate) unary(ctx context.Context, method string, decode func(any) error,
 		}
 		return next(ctx, decode)
 	}
-	leave, ok := g.unproved.enter(sourceOf(ctx))
-	if !ok {
-		// Fails closed: nothing of the message has been read.
-		return nil, g.refuse(ctx, method, codes.ResourceExhausted, "limit-unproved", errors.New("too many calls under way whose callers have not proved themselves"))
+	if !g.agent(ctx) {
+		var place *crowd.Place
+		ctx, place = g.unproved(ctx)
+		defer place.Leave()
 	}
-	defer leave()
-	return next(withSlot(ctx, leave), func(into any) error {
+	return next(ctx, func(into any) error {
 		r := request{into: into}
 		switch err := decode(&r); {
 		case status.Code(err) == codes.ResourceExhausted:
 			// Over maxMessage; gRPC has answered so already.
 			return g.refuse(ctx, method, codes.ResourceExhausted, "message-size", err)
+		case err != nil && errors.Is(context.Cause(ctx), errCrowdedOut):
+			return g.refuse(ctx, method, codes.ResourceExhausted, "limit-unproved", errCrowdedOut)
 		case err != nil && ctx.Err() != nil:
 			return g.refuse(ctx, method, codes.DeadlineExceeded, "slow-message", err)
 		case err != nil:
@@ -197,6 +200,20 @@ func (g *Gate) admit(ctx context.Context, method string) (*tls.ConnectionState, 
 		return nil, g.refuse(ctx, method, code, reason, err)
 	}
 	return &info.State, nil
+}
+
+// agent reports whether a call comes over an agent's connection.
+func (g *Gate) agent(ctx context.Context) bool {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return false
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return false
+	}
+	_, _, err := g.judge(&info.State)
+	return err == nil
 }
 
 // judge says why a connection is not an agent's, or nil.
