@@ -49,8 +49,8 @@ func injected(tag string, ready bool) func(*corev1.Pod) {
 	return func(p *corev1.Pod) {
 		p.Labels["security.istio.io/tlsMode"] = "istio"
 		image := "docker.io/castellan/castellan-proxy:" + tag
-		p.Spec.InitContainers = append(p.Spec.InitContainers, corev1.Container{Name: "castellan-proxy", Image: image})
-		status := corev1.ContainerStatus{Name: "castellan-proxy", Image: image, Ready: ready}
+		p.Spec.InitContainers = append(p.Spec.InitContainers, corev1.Container{Name: "istio-proxy", Image: image})
+		status := corev1.ContainerStatus{Name: "istio-proxy", Image: image, Ready: ready}
 		if !ready {
 			status.State.Running = &corev1.ContainerStateRunning{}
 		}
@@ -170,7 +170,7 @@ func TestCheckFinds(t *testing.T) {
 		more  []runtime.Object
 		spoil func(*testing.T, *running)
 
-		check, status, message string
+		check, status, message, hint string
 	}{
 		"an object is gone": {spoil: func(t *testing.T, r *running) {
 			if err := r.dynamic.Tracker().Delete(configMaps, namespace, "castellan-agent"); err != nil {
@@ -226,7 +226,7 @@ func TestCheckFinds(t *testing.T) {
 		"a pod that opted out": {more: []runtime.Object{pod("shop", "out", "out", "node-1", "x:1", func(p *corev1.Pod) { p.Labels["sidecar.istio.io/inject"] = "false" })},
 			check: "sidecars", status: install.OK},
 		"an unready sidecar": {more: []runtime.Object{pod("shop", "stuck", "stuck", "node-1", "x:1", injected("dev", false))},
-			check: "sidecars", status: install.Failed, message: "shop/stuck (no identity or no policy yet)"},
+			check: "sidecars", status: install.Failed, message: "shop/stuck (no identity or no policy yet)", hint: "kubectl logs -n shop stuck -c istio-proxy;"},
 		"a refused policy": {spoil: func(t *testing.T, r *running) {
 			r.policy(t, policyCondition("Accepted", "False", "spec.rules[0].from: nonsense"))
 		}, check: "AuthorizationPolicy shop/allow", status: install.Failed, message: "refused: spec.rules[0].from: nonsense"},
@@ -246,8 +246,8 @@ func TestCheckFinds(t *testing.T) {
 			if got.Status != tt.status || !strings.Contains(got.Message, tt.message) {
 				t.Errorf("%+v, want %s: %q", got, tt.status, tt.message)
 			}
-			if got.Status == install.Failed && got.Hint == "" {
-				t.Error("a failure without a hint")
+			if got.Status == install.Failed && got.Hint == "" || !strings.HasPrefix(got.Hint, tt.hint) {
+				t.Errorf("the hint is %q, want %q", got.Hint, tt.hint)
 			}
 		})
 	}

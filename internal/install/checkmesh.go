@@ -1,6 +1,7 @@
 package install
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -22,6 +23,7 @@ func (in *Installer) checkInjection(_ context.Context, v *cluster, out *results)
 		return
 	}
 	var without, unready []string
+	var logs string // of the first that is not ready
 	with, bad := 0, false
 	for i := range v.pods {
 		pod := &v.pods[i]
@@ -30,8 +32,9 @@ func (in *Installer) checkInjection(_ context.Context, v *cluster, out *results)
 		case pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed || pod.DeletionTimestamp != nil:
 		case proxyTag(pod) != "":
 			with++
-			if why := sidecarTrouble(pod); why != "" {
+			if container, why := sidecarTrouble(pod); why != "" {
 				unready = append(unready, name+" ("+why+")")
+				logs = cmp.Or(logs, fmt.Sprintf("kubectl logs -n %s %s -c %s", pod.Namespace, pod.Name, container))
 			}
 		case v.namespaces[pod.Namespace][labelInjection] == "enabled" && !pod.Spec.HostNetwork && pod.Labels["sidecar.istio.io/inject"] != "false" && pod.Annotations["sidecar.istio.io/inject"] != "false":
 			without = append(without, name)
@@ -43,29 +46,29 @@ func (in *Installer) checkInjection(_ context.Context, v *cluster, out *results)
 	}
 	if len(unready) > 0 {
 		bad = true
-		out.fail(check, "kubectl logs POD -c castellan-proxy; the agent's and the server's log say why an identity is refused", "not ready: %s", some(unready))
+		out.fail(check, logs+"; the agent's and the server's log say why an identity is refused", "not ready: %s", some(unready))
 	}
 	if !bad {
 		out.ok(check, "%s, all ready", count(with, "pod"))
 	}
 }
 
-// sidecarTrouble is why a sidecar is not ready, empty when it is.
-func sidecarTrouble(pod *corev1.Pod) string {
+// sidecarTrouble is which container of ours is not ready and why, empty when all are.
+func sidecarTrouble(pod *corev1.Pod) (container, why string) {
 	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 		if !strings.Contains(c.Image, "castellan-proxy") || c.Ready || c.State.Terminated != nil {
 			continue
 		}
 		switch {
 		case c.State.Waiting != nil:
-			return shorten(c.State.Waiting.Reason)
+			return c.Name, shorten(c.State.Waiting.Reason)
 		case c.LastTerminationState.Terminated != nil:
-			return fmt.Sprintf("ended with code %d", c.LastTerminationState.Terminated.ExitCode)
+			return c.Name, fmt.Sprintf("ended with code %d", c.LastTerminationState.Terminated.ExitCode)
 		default:
-			return "no identity or no policy yet"
+			return c.Name, "no identity or no policy yet"
 		}
 	}
-	return ""
+	return "", ""
 }
 
 // policyKinds are the three kinds of policy.
