@@ -18,6 +18,9 @@ import (
 func TestFullDiskLosesNothing(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k,mode=700"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
 		t.Skipf("no small file system to fill: mounting tmpfs needs root: %v", err)
 	}
 	t.Cleanup(func() {
