@@ -37,6 +37,7 @@ type desk struct {
 	patches  []string
 	refuse   error
 	version  int
+	looks    int // how often the verdicts were asked for
 }
 
 func (d *desk) say(v ...kube.Verdict) {
@@ -47,12 +48,25 @@ func (d *desk) say(v ...kube.Verdict) {
 	d.changed = make(chan struct{})
 }
 
+func (d *desk) written() int { d.mu.Lock(); defer d.mu.Unlock(); return len(d.patches) }
+
+func (d *desk) time() time.Time { d.mu.Lock(); defer d.mu.Unlock(); return d.now }
+
 func (d *desk) pass(t time.Duration) {
 	d.mu.Lock()
 	d.now = d.now.Add(t)
 	v := d.verdicts
 	d.mu.Unlock()
 	d.say(v...)
+}
+
+// looked waits until what was said last has been acted on as a whole: it is asked for at
+// the beginning of each turn, so a turn with it has ended when it is asked for again.
+func (d *desk) looked() {
+	d.t.Helper()
+	count := func() int { d.mu.Lock(); defer d.mu.Unlock(); return d.looks }
+	before := count()
+	eventually(d.t, "the verdicts are looked at", func() bool { d.pass(0); return count() >= before+2 })
 }
 
 func newDesk(t *testing.T, objects ...runtime.Object) *desk {
@@ -64,9 +78,10 @@ func newDesk(t *testing.T, objects ...runtime.Object) *desk {
 		Verdicts: func() ([]kube.Verdict, <-chan struct{}) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
+			d.looks++
 			return d.verdicts, d.changed
 		},
-		Now: func() time.Time { d.mu.Lock(); defer d.mu.Unlock(); return d.now }})
+		Now: d.time})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,12 +95,13 @@ func newDesk(t *testing.T, objects ...runtime.Object) *desk {
 }
 
 // patch does what an API server would: it minds the version, and only touches status.
+// What is too late for the version is no write.
 func (d *desk) patch(a clienttesting.Action) (bool, runtime.Object, error) {
 	p := a.(clienttesting.PatchAction)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.patches = append(d.patches, string(p.GetPatch()))
 	if d.refuse != nil {
+		d.patches = append(d.patches, string(p.GetPatch()))
 		return true, nil, d.refuse
 	}
 	if p.GetSubresource() != "status" {
@@ -111,6 +127,7 @@ func (d *desk) patch(a clienttesting.Action) (bool, runtime.Object, error) {
 	if next.GetResourceVersion() != was.GetResourceVersion() {
 		return true, nil, apierrors.NewConflict(schema.GroupResource{}, p.GetName(), errors.New("changed"))
 	}
+	d.patches = append(d.patches, string(p.GetPatch()))
 	d.version++
 	next.SetResourceVersion(strconv.Itoa(d.version))
 	return true, next, d.dynamic.Tracker().Update(p.GetResource(), next, p.GetNamespace())
@@ -182,29 +199,40 @@ func TestStatuses(t *testing.T) {
 	d.reads("one", "Other", "Accepted=True/Accepted@3 05 the policy is in force", "Programmed=True/Programmed@3 15 4 of 4 proxies have acknowledged")
 	// A pod that has only just started says nothing against the policy.
 	d.say(verdict(func(v *kube.Verdict) { v.Selected = 5 }))
+	d.looked()
 	d.pass(5 * time.Second)
+	d.looked()
 	d.say(verdict(nil))
-	d.pass(0)
-	if n := len(d.patches); n != 2 {
+	d.looked()
+	if n := d.written(); n != 2 {
 		t.Errorf("%d writes: %s", n, strings.Join(d.patches, "\n"))
 	}
-	// One that goes on lacking it does.
+	// One that goes on lacking it does, after fifteen seconds of it.
 	d.say(verdict(func(v *kube.Verdict) { v.Selected = 5 }))
-	for range 3 {
-		time.Sleep(250 * time.Millisecond) // let it be looked at: what is asserted is the time it notes
+	lacking := d.time()
+	eventually(t, "that one proxy lacks it is said", func() bool {
+		d.looked()
+		if d.written() > 2 {
+			return true
+		}
 		d.pass(6 * time.Second)
+		return false
+	})
+	if after := d.time().Sub(lacking); after < 15*time.Second {
+		t.Errorf("it is said after %s already", after)
 	}
-	d.reads("one", "Other", "Accepted=True/Accepted@3 05 the policy is in force", "Programmed=False/Pending@3 38 4 of 5 proxies have acknowledged")
+	at := d.time().Format("05")
+	d.reads("one", "Other", "Accepted=True/Accepted@3 05 the policy is in force", "Programmed=False/Pending@3 "+at+" 4 of 5 proxies have acknowledged")
 	d.say(verdict(func(v *kube.Verdict) {
 		v.Generation, v.Accepted, v.LastGood = 4, false, true
 		v.Errors = []string{`spec.action: "NO": allowed: ALLOW, DENY`, "b", "c", "d", "e"}
 	}))
-	d.reads("one", "Other", `Accepted=False/Invalid@4 38 spec.action: "NO": allowed: ALLOW, DENY; b; c; and 2 more; its last good version stays in force`,
-		"Programmed=False/NotAccepted@4 38 this version is in force nowhere; 4 of 4 proxies have acknowledged what is in its place")
+	d.reads("one", "Other", `Accepted=False/Invalid@4 `+at+` spec.action: "NO": allowed: ALLOW, DENY; b; c; and 2 more; its last good version stays in force`,
+		"Programmed=False/NotAccepted@4 "+at+" this version is in force nowhere; 4 of 4 proxies have acknowledged what is in its place")
 	d.say(verdict(func(v *kube.Verdict) {
 		v.Generation, v.Selected, v.Programmed, v.Warnings = 5, 0, 0, []string{"risky"}
 	}))
-	d.reads("one", "Other", "Accepted=True/AcceptedWithWarnings@5 38 the policy is in force; risky", "Programmed=True/NoWorkloads@5 38 it selects no workload of the mesh")
+	d.reads("one", "Other", "Accepted=True/AcceptedWithWarnings@5 "+at+" the policy is in force; risky", "Programmed=True/NoWorkloads@5 "+at+" it selects no workload of the mesh")
 	eventually(t, "events", func() bool {
 		return slices.Equal(d.events(), []string{
 			"Normal Accepted AuthorizationPolicy/one uid-one x1", "Normal Accepted AuthorizationPolicy/one uid-one x1",
@@ -212,14 +240,13 @@ func TestStatuses(t *testing.T) {
 			"Warning NotProgrammed AuthorizationPolicy/one uid-one x1", "Warning Refused AuthorizationPolicy/one uid-one x1"})
 	})
 	// A verdict on another object of the name is none on this one.
-	before := len(d.patches)
+	before := d.written()
 	d.say(verdict(func(v *kube.Verdict) { v.UID, v.Accepted = "uid-other", false }))
 	d.pass(time.Minute)
-	time.Sleep(300 * time.Millisecond) // nothing to wait for
-	if d.mu.Lock(); len(d.patches) != before {
-		t.Errorf("written: %s", d.patches[before:])
+	d.looked()
+	if n := d.written(); n != before {
+		t.Errorf("%d writes more", n-before)
 	}
-	d.mu.Unlock()
 }
 
 func TestStatusConflict(t *testing.T) {
