@@ -3,7 +3,8 @@
 // certificates or policy; that is the point of it.
 //
 //	hello serve [-listen :8080]     answer every request with a line
-//	hello get URL...                print status and body of each; exit 1 unless all are 2xx
+//	hello get URL...                print status and body of each; exit 1 unless all are 2xx.
+//	                                Without an answer, and after 502 and 503, ask again for 20 s
 package main
 
 import (
@@ -23,6 +24,10 @@ import (
 const (
 	timeout = 10 * time.Second
 	maxBody = 64 << 10
+
+	// settling is how long what is new may take to be known, and again when to ask anew.
+	settling = 20 * time.Second
+	again    = 200 * time.Millisecond
 )
 
 func main() {
@@ -77,24 +82,14 @@ func caller(r *http.Request) string {
 }
 
 func get(ctx context.Context, urls []string, stdout io.Writer) error {
-	client := &http.Client{Timeout: timeout}
 	refused := 0
 	for _, url := range urls {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
+		a, err := settled(ctx, url, settling)
 		if err != nil {
 			return err
 		}
-		resp, err := client.Do(req)
-		if err != nil {
-			return err
-		}
-		body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
-		resp.Body.Close()
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(stdout, "%d %s\n", resp.StatusCode, strings.TrimSpace(string(body)))
-		if resp.StatusCode/100 != 2 {
+		fmt.Fprintf(stdout, "%d %s\n", a.status, strings.TrimSpace(a.body))
+		if a.status/100 != 2 {
 			refused++
 		}
 	}
@@ -102,4 +97,44 @@ func get(ctx context.Context, urls []string, stdout io.Writer) error {
 		return fmt.Errorf("%d of %d were not answered with 2xx", refused, len(urls))
 	}
 	return nil
+}
+
+type answer struct {
+	status int
+	body   string
+}
+
+// settled asks until the answer is the service's own. A service that has just become
+// ready is known on the caller's node a moment later, as in any cluster; until then a
+// proxy answers in its place with 502 or 503, and without a proxy nobody does.
+func settled(ctx context.Context, url string, patience time.Duration) (answer, error) {
+	giveUp := time.NewTimer(patience)
+	defer giveUp.Stop()
+	for {
+		a, err := ask(ctx, url)
+		if err == nil && a.status != http.StatusBadGateway && a.status != http.StatusServiceUnavailable {
+			return a, nil
+		}
+		select {
+		case <-ctx.Done():
+			return a, err
+		case <-giveUp.C:
+			return a, err
+		case <-time.After(again):
+		}
+	}
+}
+
+func ask(ctx context.Context, url string) (answer, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
+	if err != nil {
+		return answer{}, err
+	}
+	resp, err := (&http.Client{Timeout: timeout}).Do(req)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	return answer{resp.StatusCode, string(body)}, err
 }

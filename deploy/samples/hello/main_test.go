@@ -5,7 +5,9 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 func TestCaller(t *testing.T) {
@@ -30,5 +32,29 @@ func TestGetTellsRefusals(t *testing.T) {
 	err := run(t.Context(), []string{"get", server.URL + "/yes", server.URL + "/no"}, &out)
 	if err == nil || !strings.Contains(err.Error(), "1 of 2") || out.String() != "200 \n403 denied\n" {
 		t.Errorf("%v %q", err, out.String())
+	}
+}
+
+func TestGetWaitsForWhatIsNew(t *testing.T) {
+	var asked atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch asked.Add(1) {
+		case 1:
+			w.WriteHeader(http.StatusBadGateway)
+		case 2:
+			w.WriteHeader(http.StatusServiceUnavailable)
+		case 3:
+			panic(http.ErrAbortHandler) // the connection ends without an answer
+		}
+	}))
+	defer server.Close()
+	a, err := settled(t.Context(), server.URL, time.Hour)
+	if err != nil || a.status != http.StatusOK || asked.Load() != 4 {
+		t.Errorf("%+v after %d: %v", a, asked.Load(), err)
+	}
+	// What stays so is the answer.
+	asked.Store(0)
+	if a, err := settled(t.Context(), server.URL, 0); err != nil || a.status != http.StatusBadGateway || asked.Load() != 1 {
+		t.Errorf("%+v after %d: %v", a, asked.Load(), err)
 	}
 }
