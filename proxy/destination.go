@@ -106,6 +106,10 @@ func (s *service) port(number uint16) *servicePort {
 func (s *service) resolve(trust *tlsconf.Trust) *service {
 	next := &service{name: s.name, addresses: s.addresses, expected: s.expected}
 	expected := expand(parseIDs(s.expected), trust)
+	isExpected := make(map[spiffeid.ID]bool, len(expected))
+	for _, id := range expected {
+		isExpected[id] = true
+	}
 	// Many endpoints run as few accounts.
 	allowed := map[string][]spiffeid.ID{}
 	for _, p := range s.ports {
@@ -115,7 +119,10 @@ func (s *service) resolve(trust *tlsconf.Trust) *service {
 		for _, e := range p.endpoints {
 			ids, known := allowed[e.own]
 			if !known {
-				ids = acceptable(e.own, expected, trust)
+				ids = expected
+				if e.own != "" {
+					ids = acceptable(e.own, isExpected, trust)
+				}
 				allowed[e.own] = ids
 			}
 			port.endpoints = append(port.endpoints, &endpoint{
@@ -127,16 +134,13 @@ func (s *service) resolve(trust *tlsconf.Trust) *service {
 	return next
 }
 
-// acceptable are the identities that may answer at an endpoint: its own, where
-// the service expects it. An endpoint without one of its own (declared by
-// names outside the mesh's workloads) may be any that the service expects.
-func acceptable(own string, expected []spiffeid.ID, trust *tlsconf.Trust) []spiffeid.ID {
-	if own == "" {
-		return expected
-	}
+// acceptable are the identities that may answer at an endpoint that has one of its
+// own: that, where the service expects it. One without (declared by names outside
+// the mesh's workloads) may be any that the service expects.
+func acceptable(own string, expected map[spiffeid.ID]bool, trust *tlsconf.Trust) []spiffeid.ID {
 	var out []spiffeid.ID
 	for _, id := range expand(parseIDs([]string{own}), trust) {
-		if slices.Contains(expected, id) {
+		if expected[id] {
 			out = append(out, id)
 		}
 	}
@@ -159,9 +163,12 @@ func expand(ids []spiffeid.ID, trust *tlsconf.Trust) []spiffeid.ID {
 	if trust == nil {
 		return nil
 	}
-	var out []spiffeid.ID
+	out := make([]spiffeid.ID, 0, len(ids))
+	// A set: a service of thousands of identities must cost what it is long.
+	have := make(map[spiffeid.ID]bool, len(ids))
 	add := func(id spiffeid.ID) {
-		if !slices.Contains(out, id) {
+		if !have[id] {
+			have[id] = true
 			out = append(out, id)
 		}
 	}
@@ -170,13 +177,18 @@ func expand(ids []spiffeid.ID, trust *tlsconf.Trust) []spiffeid.ID {
 		if !trust.Member(id.TrustDomain()) {
 			continue
 		}
-		for _, td := range append([]spiffeid.TrustDomain{trust.TrustDomain}, trust.Aliases...) {
-			if other, err := spiffeid.FromPath(td, id.Path()); err == nil {
-				add(other)
-			}
+		addUnder(trust.TrustDomain, id, add)
+		for _, td := range trust.Aliases {
+			addUnder(td, id, add)
 		}
 	}
 	return out
+}
+
+func addUnder(td spiffeid.TrustDomain, id spiffeid.ID, add func(spiffeid.ID)) {
+	if other, err := spiffeid.FromPath(td, id.Path()); err == nil {
+		add(other)
+	}
 }
 
 // newService reads the resource; before is what it replaces, whose health it keeps.
