@@ -17,11 +17,15 @@ type destinations struct {
 	known bool
 
 	resolved    map[string]*service
-	resolvedFor string
+	resolvedFor resolvedFor
 	index       *index
 	// touched are those that were told since, nil for one that is gone.
 	touched map[string]*service
 }
+
+// resolvedFor is what services were resolved by: a version of the trust, and the
+// workload's namespace.
+type resolvedFor struct{ version, home string }
 
 // now is the service as told last; nil for none.
 func (d *destinations) now(name string) *service {
@@ -55,14 +59,14 @@ func (d *destinations) set(name string, s *service) {
 }
 
 // resolve gives services the identities of the trust at hand: those that were
-// told, or all when the trust changed.
-func (d *destinations) resolve(trust *tlsconf.Trust) (map[string]*service, *index) {
-	version := ""
+// told, or all when the trust or the workload's namespace changed.
+func (d *destinations) resolve(trust *tlsconf.Trust, home string) (map[string]*service, *index) {
+	by := resolvedFor{home: home}
 	if trust != nil {
-		version = trust.Version
+		by.version = trust.Version
 	}
 	switch {
-	case d.resolved == nil || d.resolvedFor != version:
+	case d.resolved == nil || d.resolvedFor != by:
 		next := maps.Clone(d.resolved)
 		if next == nil {
 			next = map[string]*service{}
@@ -72,8 +76,8 @@ func (d *destinations) resolve(trust *tlsconf.Trust) (map[string]*service, *inde
 		for name, s := range next {
 			next[name] = s.resolve(trust)
 		}
-		d.resolved, d.resolvedFor = next, version
-		d.index = newIndex().changed(nil, slices.Collect(maps.Values(next)))
+		d.resolved, d.resolvedFor = next, by
+		d.index = newIndex(home).changed(nil, slices.Collect(maps.Values(next)))
 	case len(d.touched) > 0:
 		d.resolveTouched(trust)
 	}

@@ -20,11 +20,13 @@ type target struct {
 // the one before what did not change, so that a mesh of many services costs an
 // update no more than what it touches.
 type index struct {
-	seed   maphash.Seed
+	seed maphash.Seed
+	// home is the namespace of the workload, whose own services come before others'.
+	home   string
 	shards [2048]map[netip.AddrPort][]target
 }
 
-func newIndex() *index { return &index{seed: maphash.MakeSeed()} }
+func newIndex(home string) *index { return &index{seed: maphash.MakeSeed(), home: home} }
 
 func (x *index) shard(at netip.AddrPort) uint16 {
 	return uint16(maphash.Comparable(x.seed, at)) % uint16(len(x.shards))
@@ -45,7 +47,7 @@ func (x *index) find(at netip.AddrPort) (target, bool) {
 
 // changed returns the index with one set of services in the place of another.
 func (x *index) changed(before, after []*service) *index {
-	e := &indexEdit{index: &index{seed: x.seed, shards: x.shards}}
+	e := &indexEdit{index: &index{seed: x.seed, home: x.home, shards: x.shards}}
 	for _, s := range before {
 		s.targets(func(at netip.AddrPort, p target) {
 			shard := e.open(at)
@@ -61,7 +63,7 @@ func (x *index) changed(before, after []*service) *index {
 		s.targets(func(at netip.AddrPort, p target) {
 			shard := e.open(at)
 			all := append(slices.Clip(shard[at]), p)
-			slices.SortStableFunc(all, target.compare)
+			slices.SortStableFunc(all, x.compare)
 			shard[at] = all
 		})
 	}
@@ -87,9 +89,11 @@ func (e *indexEdit) open(at netip.AddrPort) map[netip.AddrPort][]target {
 
 // compare orders what stands at one address: a service's own address first; then
 // endpoints of services in their workload's namespace, since others may list
-// anybody's address; then those in the mesh, ports that declare what they speak,
-// and by name.
-func (p target) compare(q target) int {
+// anybody's address; of those, what the caller's own namespace says, or anybody could
+// take a database from it that is outside the mesh; then those in the mesh, so that
+// nobody can talk a caller out of mutual TLS; ports that declare what they speak, and by
+// name.
+func (x *index) compare(p, q target) int {
 	last := func(late bool) int {
 		if late {
 			return 1
@@ -99,6 +103,7 @@ func (p target) compare(q target) int {
 	return cmp.Or(
 		cmp.Compare(last(p.endpoint != nil), last(q.endpoint != nil)),
 		cmp.Compare(last(p.foreign()), last(q.foreign())),
+		cmp.Compare(last(p.foreign() && p.namespace() != x.home), last(q.foreign() && q.namespace() != x.home)),
 		cmp.Compare(last(p.endpoint != nil && p.endpoint.outside), last(q.endpoint != nil && q.endpoint.outside)),
 		cmp.Compare(last(p.port.protocol == undeclared), last(q.port.protocol == undeclared)),
 		cmp.Compare(p.port.service, q.port.service),
@@ -113,8 +118,13 @@ func (p target) foreign() bool {
 	}
 	_, rest, _ := strings.Cut(p.endpoint.own, "/ns/")
 	workload, _, _ := strings.Cut(rest, "/")
+	return workload != p.namespace()
+}
+
+// namespace is the service's.
+func (p target) namespace() string {
 	namespace, _, _ := strings.Cut(p.port.service, "/")
-	return workload != namespace
+	return namespace
 }
 
 // targets visits the addresses at which a service is found.

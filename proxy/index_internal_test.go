@@ -62,7 +62,7 @@ func TestIndexByChanges(t *testing.T) {
 			s.targets(func(at netip.AddrPort, _ target) { addresses[at] = true })
 		}
 		trust := trustOf(fmt.Sprint(round / 100))
-		services, got := changing.resolve(trust)
+		services, got := changing.resolve(trust, "shop")
 		fresh := destinations{known: true}
 		for name, r := range all {
 			s, err := newService(r, nil)
@@ -71,7 +71,7 @@ func TestIndexByChanges(t *testing.T) {
 			}
 			fresh.set(name, s)
 		}
-		_, want := fresh.resolve(trust)
+		_, want := fresh.resolve(trust, "shop")
 		if len(services) != len(all) {
 			t.Fatalf("%d services, want %d", len(services), len(all))
 		}
@@ -100,14 +100,14 @@ func TestIndexIsImmutable(t *testing.T) {
 	d := destinations{known: true}
 	s, _ := newService(resourceOf(1, 7), nil)
 	d.set("shop/s001", s)
-	_, before := d.resolve(trustOf("1"))
+	_, before := d.resolve(trustOf("1"), "shop")
 	vip := netip.MustParseAddrPort("10.96.0.1:80")
 	held, ok := before.find(vip)
 	if !ok {
 		t.Fatal("not found")
 	}
 	d.set("shop/s001", nil)
-	_, after := d.resolve(trustOf("1"))
+	_, after := d.resolve(trustOf("1"), "shop")
 	if _, ok := after.find(vip); ok {
 		t.Error("a service that is gone is found")
 	}
@@ -130,6 +130,14 @@ func TestWhoseAddress(t *testing.T) {
 	// Somebody else's service that lists the address, and has nobody answer there.
 	foreign := direct("a", "http", false)
 	foreign.Namespace, foreign.ExpectedIds = "other", []string{"spiffe://cluster.local/ns/other/sa/x"}
+	// A database outside the mesh, of the caller's own namespace and of another, and
+	// somebody who says it is inside.
+	database := direct("db", "", true)
+	database.Endpoints[0].SpiffeId = ""
+	claimed := direct("z", "http", false)
+	claimed.Namespace, claimed.Endpoints[0].SpiffeId = "other", ""
+	elsewhere := direct("db", "", true)
+	elsewhere.Namespace, elsewhere.Endpoints[0].SpiffeId = "data", ""
 	own := &castellanv1.ServiceIdentity{Namespace: "shop", Name: "z", Addresses: []string{at}, Ports: []*castellanv1.ServicePort{{Number: 8080}}}
 	for _, tt := range []struct {
 		services []*castellanv1.ServiceIdentity
@@ -140,6 +148,8 @@ func TestWhoseAddress(t *testing.T) {
 		{[]*castellanv1.ServiceIdentity{direct("a", "http", true), direct("b", "", false)}, "shop/b"},
 		{[]*castellanv1.ServiceIdentity{direct("z", "", false), foreign}, "shop/z"},
 		{[]*castellanv1.ServiceIdentity{direct("a", "http", false), own}, "shop/z"},
+		{[]*castellanv1.ServiceIdentity{database, claimed}, "shop/db"},
+		{[]*castellanv1.ServiceIdentity{elsewhere, claimed}, "other/z"},
 	} {
 		for range 2 {
 			d := destinations{known: true}
@@ -149,9 +159,9 @@ func TestWhoseAddress(t *testing.T) {
 					t.Fatal(err)
 				}
 				d.set(s.name, s)
-				d.resolve(trustOf("1")) // one after the other
+				d.resolve(trustOf("1"), "shop") // one after the other
 			}
-			_, x := d.resolve(trustOf("1"))
+			_, x := d.resolve(trustOf("1"), "shop")
 			if got, ok := x.find(netip.MustParseAddrPort(at + ":8080")); !ok || got.port.service != tt.want {
 				t.Errorf("%+v, want %s", got.port, tt.want)
 			}
@@ -175,7 +185,7 @@ func TestPasses(t *testing.T) {
 	} {
 		dst := netip.MustParseAddrPort(at)
 		d.known = true
-		_, x := d.resolve(trustOf("1"))
+		_, x := d.resolve(trustOf("1"), "shop")
 		if got := (&state{policy: anything, index: x}).passes(dst); got != want {
 			t.Errorf("%s: %t, want %t", at, got, want)
 		}
@@ -189,7 +199,7 @@ func TestPasses(t *testing.T) {
 		}
 	}
 	d = destinations{}
-	if _, x := d.resolve(trustOf("1")); x != nil {
+	if _, x := d.resolve(trustOf("1"), "shop"); x != nil {
 		t.Error("services are known that nobody has told of")
 	}
 }
@@ -234,13 +244,13 @@ func BenchmarkServiceUpdate(b *testing.B) {
 		d.set(s.name, s)
 	}
 	trust := trustOf("1")
-	_, x := d.resolve(trust)
+	_, x := d.resolve(trust, "shop")
 	b.Run("change one of 1000", func(b *testing.B) {
 		b.ReportAllocs()
 		for i := range b.N {
 			name := fmt.Sprintf("shop/s%03d", i%1000)
 			d.set(name, d.now(name))
-			_, x = d.resolve(trust)
+			_, x = d.resolve(trust, "shop")
 		}
 	})
 	at := netip.MustParseAddrPort("10.1.7.3:8080")

@@ -19,7 +19,7 @@ func TestConnectionsThatLeadNowhereEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.store.current.Store(&state{svid: &tls.Certificate{}, trust: trustOf("1"), index: newIndex()})
+	p.store.current.Store(&state{svid: &tls.Certificate{}, trust: trustOf("1"), index: newIndex("")})
 	for _, test := range []struct {
 		name  string
 		out   outbound

@@ -11,6 +11,7 @@ import (
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
+	"castellan.dev/identity"
 	"castellan.dev/internal/jws"
 	"castellan.dev/internal/tlsconf"
 )
@@ -156,7 +157,11 @@ func (in *inputs) derive() *state {
 	if in.svid != nil && len(in.roots) > 0 {
 		st.trust = in.trust(st.policy)
 	}
-	st.services, st.index = in.services.resolve(st.trust)
+	home := "" // nobody's, until there is an identity
+	if w, err := identity.FromID(in.id); err == nil {
+		home = w.Account().Namespace()
+	}
+	st.services, st.index = in.services.resolve(st.trust, home)
 	return st
 }
 
