@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -88,6 +89,7 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err := config.fill(); err != nil {
 		return nil, err
 	}
+	began := time.Now()
 	if os.Getuid() != 0 {
 		return nil, errors.New("cluster: namespaces and containers need root")
 	}
@@ -106,7 +108,11 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	return launch(ctx, opts)
+	c, err := launch(ctx, opts)
+	if err == nil {
+		fmt.Fprintf(config.Log, "cluster %q: the nodes %s are Ready after %.1fs\n", config.Name, strings.Join(config.Nodes, ", "), time.Since(began).Seconds())
+	}
+	return c, err
 }
 
 // prepare makes the cluster's folder with all that the daemon needs.

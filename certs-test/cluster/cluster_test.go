@@ -63,25 +63,34 @@ func loadProbe(ctx context.Context) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	image, err := packProbe(dir)
+	if err != nil {
+		return err
+	}
+	return shared.LoadImage(ctx, image)
+}
+
+// probeImage is the name of the image that packProbe makes.
+const probeImage = "docker.io/local/probe:1"
+
+// packProbe makes the probe's image in a folder.
+func packProbe(dir string) (image string, err error) {
 	binary, image := filepath.Join(dir, "probe"), filepath.Join(dir, "probe.tar")
 	build := exec.Command("go", "build", "-o", binary, "./internal/probe")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build: %w: %s", err, out)
+		return "", fmt.Errorf("build: %w: %s", err, out)
 	}
 	f, err := os.Create(image)
 	if err != nil {
-		return err
+		return "", err
 	}
 	err = cluster.WriteImage(f, cluster.Image{
-		Name:       "docker.io/local/probe:1",
+		Name:       probeImage,
 		Files:      map[string]string{"/bin/probe": binary},
 		Entrypoint: []string{"/bin/probe"},
 	})
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return shared.LoadImage(ctx, image)
+	return image, errors.Join(err, f.Close())
 }
 
 func needCluster(t *testing.T) {
@@ -130,8 +139,10 @@ func apply(t *testing.T, ns string, objects ...any) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = kubectl(string(list), "apply", "-n", ns, "-f", "-")
-	must(t, "", err)
+	eventually(t, "apply", func() error {
+		_, err := kubectl(string(list), "apply", "-n", ns, "-f", "-")
+		return err
+	})
 }
 
 type object = map[string]any
@@ -141,7 +152,7 @@ func pod(name, node string, args ...string) object {
 	spec := object{
 		"terminationGracePeriodSeconds": 0,
 		"containers": []object{{
-			"name": "probe", "image": "docker.io/local/probe:1", "imagePullPolicy": "Never", "args": args,
+			"name": "probe", "image": probeImage, "imagePullPolicy": "Never", "args": args,
 		}},
 	}
 	if node != "" {
@@ -162,8 +173,13 @@ func service(name string, spec object) object {
 func waitPods(t *testing.T, ns string, pods ...string) {
 	t.Helper()
 	for _, p := range pods {
-		_, err := kubectl("", "wait", "-n", ns, "--for=condition=Ready", "pod/"+p, "--timeout="+patience.String())
-		must(t, "", err)
+		eventually(t, p+" is ready", func() error {
+			out, err := kubectl("", "get", "-n", ns, "pod", p, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
+			if err == nil && out != "True" {
+				err = fmt.Errorf("Ready is %q", out)
+			}
+			return err
+		})
 	}
 }
 

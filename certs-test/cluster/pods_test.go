@@ -33,6 +33,23 @@ func pair(t *testing.T, ns string) {
 		service("peers", object{"ports": ports, "clusterIP": "None"}),
 	)
 	waitPods(t, ns, "one", "two")
+	for _, p := range []string{"one", "two"} {
+		eventually(t, p+" listens", func() error {
+			_, err := probe(ns, p, "get", "http://localhost:8080")
+			return err
+		})
+	}
+}
+
+// fails asks for url in a pod until it is told that there is nothing, and why.
+func fails(t *testing.T, ns, pod, url, why string) {
+	t.Helper()
+	eventually(t, url+" fails from "+pod, func() error {
+		if out, err := probe(ns, pod, "get", url); err == nil || !strings.Contains(out, why) {
+			return fmt.Errorf("%q, %w, want %q", out, err, why)
+		}
+		return nil
+	})
 }
 
 // answersFromBoth asks url in a pod until the pods of both nodes have answered.
@@ -60,32 +77,31 @@ func TestServicesAnswerByName(t *testing.T) {
 		answersFromBoth(t, ns, "one", url)
 	}
 	// A headless name is the pods' own addresses, of which the client takes one.
-	if out, err := probe(ns, "one", "get", "http://peers:8080"); err != nil || (out != "one" && out != "two") {
-		t.Errorf("by the headless name: %q, %v", out, err)
-	}
+	eventually(t, "by the headless name", func() error {
+		if out, err := probe(ns, "one", "get", "http://peers:8080"); err != nil || (out != "one" && out != "two") {
+			return fmt.Errorf("%q, %w", out, err)
+		}
+		return nil
+	})
 	answersFromBoth(t, ns, "two", "http://echo")
 	out, err := kubectl("", "get", "-n", ns, "service", "echo", "-o", "jsonpath={.spec.clusterIPs[1]}")
 	answersFromBoth(t, ns, "one", "http://["+must(t, out, err)+"]")
 
-	if out, err := probe(ns, "one", "get", "http://nothing.names.svc.cluster.local"); err == nil || !strings.Contains(out, "no such host") {
-		t.Errorf("a name that does not exist: %q, %v", out, err)
-	}
-	if out, err := probe(ns, "one", "get", "http://example.com"); err == nil || !strings.Contains(out, "no such host") {
-		t.Errorf("a name outside the cluster: %q, %v", out, err)
-	}
-	if out, err := probe(ns, "one", "get", "http://192.0.2.1"); err == nil || !strings.Contains(out, "unreachable") {
-		t.Errorf("an address outside the cluster: %q, %v", out, err)
-	}
+	fails(t, ns, "one", "http://nothing.names.svc.cluster.local", "no such host")
+	fails(t, ns, "one", "http://example.com", "no such host")
+	fails(t, ns, "one", "http://192.0.2.1", "unreachable")
 }
 
 func TestLogsAndForwardedPorts(t *testing.T) {
 	needCluster(t)
 	const ns = "streams"
 	pair(t, ns)
-	out, err := kubectl("", "logs", "-n", ns, "two")
-	if must(t, out, err) != "probe is serving" {
-		t.Errorf("logs: %q", out)
-	}
+	eventually(t, "its log", func() error {
+		if out, err := kubectl("", "logs", "-n", ns, "two"); err != nil || out != "probe is serving" {
+			return fmt.Errorf("%q, %w", out, err)
+		}
+		return nil
+	})
 	cmd := exec.Command(shared.Kubectl(), "--kubeconfig", shared.Kubeconfig(), "port-forward", "-n", ns, "pod/two", ":8080")
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
@@ -137,7 +153,7 @@ func TestVolumesAreOfferedAgain(t *testing.T) {
 	if data, err := os.ReadFile(file); string(data) != "text" {
 		t.Errorf("in the volume: %q, %v", data, err)
 	}
-	_, err = kubectl("", "delete", "-n", ns, "pod/writer", "pvc/data")
+	_, err = kubectl("", "delete", "-n", ns, "pod/writer", "pvc/data", "--wait=false")
 	must(t, "", err)
 	eventually(t, "the volume is free", func() error {
 		if phase, err := kubectl("", "get", "pv", volume, "-o", "jsonpath={.status.phase}"); err != nil || phase != "Available" {

@@ -30,11 +30,22 @@ func TestProgramsRestart(t *testing.T) {
 	url := "http://" + must(t, out, err) + ":8080"
 	// The pod answers a program that needs neither kubelet nor API server.
 	answers := func() error {
-		out, err := second.Command(ctx, "curl", "-sS", "--max-time", "5", url).CombinedOutput()
+		out, err := second.Command(ctx, "curl", "-sS", "--max-time", "20", url).CombinedOutput()
 		if err != nil || string(out) != "one" {
 			return fmt.Errorf("%q, %w", out, err)
 		}
 		return nil
+	}
+	// kubectl would try for ten seconds.
+	ready := func(want bool, what string) {
+		t.Helper()
+		eventually(t, what, func() error {
+			out, err := second.Command(ctx, "curl", "-sSk", "--fail", "--max-time", "5", "https://10.240.0.1:6443/readyz").CombinedOutput()
+			if is := err == nil; is != want {
+				return fmt.Errorf("says %s, %w", out, err)
+			}
+			return nil
+		})
 	}
 	for _, name := range []string{cluster.Kubelet("node-1"), cluster.Containerd("node-1"), cluster.KubeProxy("node-1"), cluster.APIServer, cluster.ControllerManager, cluster.Scheduler, cluster.DNS, cluster.Etcd} {
 		if err := shared.KillProcess(ctx, name); err != nil {
@@ -46,21 +57,15 @@ func TestProgramsRestart(t *testing.T) {
 		if err := answers(); err != nil {
 			t.Errorf("without %s: %v", name, err)
 		}
-		// kubectl would try for ten seconds.
-		expected := name != cluster.APIServer && name != cluster.Etcd
-		eventually(t, "the API server without "+name, func() error {
-			out, err := second.Command(ctx, "curl", "-sSk", "--fail", "--max-time", "2", "https://10.240.0.1:6443/readyz").CombinedOutput()
-			if ok := err == nil; ok != expected {
-				return fmt.Errorf("says %s, %w", out, err)
-			}
-			return nil
-		})
+		ready(name != cluster.APIServer && name != cluster.Etcd, "the API server without "+name)
 		if err := shared.StartProcess(ctx, name); err != nil {
 			t.Fatal(err)
 		}
 		if err := shared.StartProcess(ctx, name); err == nil {
 			t.Errorf("%s was started twice", name)
 		}
+		// It has its own connections to mend, and refuses what is written until then.
+		ready(true, "the API server with "+name)
 	}
 	// All of it works again: a new pod is scheduled, runs and is found by name.
 	apply(t, ns, pod("three", "node-1", "serve"))
@@ -155,41 +160,45 @@ func TestCrashes(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone(t, "crashes", pids)
-	for _, pattern := range []string{"/var/cache/castellan/cluster/crashes*", "/sys/fs/cgroup/castellan-crashes", "/sys/fs/cgroup/*/castellan-crashes"} {
-		if left, err := filepath.Glob(pattern); len(left) > 0 || err != nil {
-			t.Errorf("left behind: %q, %v", left, err)
-		}
-	}
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil || bytes.Contains(mounts, []byte("crashes")) {
-		t.Errorf("mounts left behind, %v:\n%s", err, mounts)
-	}
+	nothingLeft(t, "crashes")
 	if err := cluster.Down(ctx, "crashes"); err != nil {
 		t.Errorf("stopping what is not there: %v", err)
 	}
 }
 
-// up starts a cluster as make cluster-up does. That Output returns says that no
-// daemon holds the pipe.
-func up(t *testing.T, name string) {
+// nothingLeft fails the test if there is anything of a cluster that was stopped.
+func nothingLeft(t *testing.T, name string) {
 	t.Helper()
-	cmd := exec.Command("go", "run", "./cmd/cluster", "-name", name, "up")
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatal(err)
+	if _, err := cluster.Attach(name); err == nil {
+		t.Errorf("%q counts as running", name)
 	}
+	for _, pattern := range []string{"/var/cache/castellan/cluster/" + name + "*", "/sys/fs/cgroup/castellan-" + name, "/sys/fs/cgroup/*/castellan-" + name} {
+		if left, err := filepath.Glob(pattern); len(left) > 0 || err != nil {
+			t.Errorf("left behind: %q, %v", left, err)
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || bytes.Contains(mounts, []byte("cluster/"+name)) {
+		t.Errorf("mounts left behind, %v:\n%s", err, mounts)
+	}
+}
+
+// up starts a cluster as users do. That it returns says that no daemon holds the pipe.
+func up(t *testing.T, name string) *cluster.Cluster {
+	t.Helper()
+	out := runMake(t, "cluster-up", "NAME="+name)
 	c, err := cluster.Attach(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "KUBECONFIG=" + c.Kubeconfig() + "\nKUBECTL=" + c.Kubectl() + "\n"; string(out) != want {
-		t.Errorf("cluster up printed %q, want %q", out, want)
+	if want := "KUBECONFIG=" + c.Kubeconfig() + "\nKUBECTL=" + c.Kubectl() + "\n"; out != want {
+		t.Errorf("make cluster-up printed %q, want %q", out, want)
 	}
 	nodes, err := exec.Command(c.Kubectl(), "--kubeconfig", c.Kubeconfig(), "get", "nodes", "-o", "name").Output()
 	if err != nil || string(nodes) != "node/node-1\nnode/node-2\n" {
 		t.Errorf("its nodes: %q, %v", nodes, err)
 	}
+	return c
 }
 
 // membersOf are the processes of a cluster's PID namespace whose command line, in

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"castellan.dev/certs-test/cluster"
 	"castellan.dev/certs-test/cluster/internal/daemon"
@@ -74,7 +73,6 @@ func each(args []string, do func(string) error) error {
 }
 
 func up(ctx context.Context, name string) error {
-	start := time.Now()
 	c, err := cluster.Start(ctx, cluster.Config{Name: name, Log: os.Stderr})
 	if err != nil {
 		return err
@@ -82,7 +80,7 @@ func up(ctx context.Context, name string) error {
 	if err := c.Detach(); err != nil {
 		return err
 	}
-	fmt.Fprintf(os.Stderr, "cluster %q is ready after %.1fs; logs are in %s\n", name, time.Since(start).Seconds(), c.Logs())
+	fmt.Fprintf(os.Stderr, "cluster %q: logs are in %s\n", name, c.Logs())
 	printEnv(c)
 	return nil
 }
