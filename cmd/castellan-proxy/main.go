@@ -13,7 +13,6 @@ import (
 	"os"
 
 	"castellan.dev/internal/config"
-	"castellan.dev/internal/crowd"
 	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
@@ -99,15 +98,10 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 // plain are the listeners that answer without mutual TLS.
 type plain struct{ admin, ready net.Listener }
 
-// observers are the connections of each: a node's kubelet and a collector or two need
-// a handful.
-var observers = crowd.Bounds{Total: 256, PerSource: 32}
-
 func listenPlain(cfg config.Proxy) (l plain, err error) {
 	if l.admin, err = net.Listen("tcp", cfg.Admin); err != nil {
 		return l, fmt.Errorf("admin listener: %w", err)
 	}
-	l.admin = crowd.Limit(l.admin, observers, crowd.Bounds{})
 	if cfg.Ready == "" {
 		return l, nil
 	}
@@ -115,7 +109,6 @@ func listenPlain(cfg config.Proxy) (l plain, err error) {
 		l.close()
 		return l, fmt.Errorf("ready listener: %w", err)
 	}
-	l.ready = crowd.Limit(l.ready, observers, crowd.Bounds{})
 	return l, nil
 }
 

@@ -24,8 +24,6 @@ var (
 	callers = crowd.Bounds{Total: 2048, PerSource: 256}
 	// reviewers are of the webhooks: an API server sends all its reviews over a few.
 	reviewers = crowd.Bounds{Total: 2048, PerSource: 256}
-	// observers ask for health and metrics.
-	observers = crowd.Bounds{Total: 1024, PerSource: 128}
 )
 
 // listeners are opened before anything else, so that a second server on the same
@@ -48,7 +46,6 @@ func listen(cfg *config.Server) (l listeners, err error) {
 	if l.http, err = listenTCP("http", cfg.HTTP); err != nil {
 		return l, err
 	}
-	l.http = crowd.Limit(l.http, observers, crowd.Bounds{})
 	if cfg.Webhook != nil {
 		if l.webhook, err = listenTCP("webhook.listen", cfg.Webhook.Listen); err != nil {
 			return l, err

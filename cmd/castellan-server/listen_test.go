@@ -22,7 +22,7 @@ func TestEveryPortIsBounded(t *testing.T) {
 	for name, tt := range map[string]struct {
 		listener net.Listener
 		limit    int
-	}{"listen": {l.grpc, callers.PerSource}, "http": {l.http, observers.PerSource}, "webhook": {l.webhook, reviewers.PerSource}} {
+	}{"listen": {l.grpc, callers.PerSource}, "webhook": {l.webhook, reviewers.PerSource}} {
 		go func() {
 			for {
 				conn, err := tt.listener.Accept()

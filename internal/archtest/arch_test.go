@@ -37,7 +37,7 @@ var allowed = map[string][]string{
 	"proxy/original":     {},
 	"internal/config":    {"identity", "api/policy"},
 	"internal/disk":      {},
-	"internal/telemetry": {"internal/config"},
+	"internal/telemetry": {"internal/config", "internal/crowd"},
 	"internal/run":       {},
 	"internal/harden":    {},
 	"internal/crowd":     {},

@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/crowd"
 )
 
 // NewLogger returns a logger that writes to w as cfg says.
@@ -54,9 +55,13 @@ type Admin struct {
 	mux     *http.ServeMux
 }
 
+// observers are the connections of an Admin, which anybody may open: a node's kubelet
+// and a collector or two need a handful.
+var observers = crowd.Bounds{Total: 256, PerSource: 32}
+
 // NewAdmin returns an Admin on listener; nothing is served before Run.
 func NewAdmin(listener net.Listener, gatherer prometheus.Gatherer, log *slog.Logger) *Admin {
-	a := &Admin{listener: listener, log: log, checks: map[string]func() error{}, notices: map[string]func() error{}, mux: http.NewServeMux()}
+	a := &Admin{listener: crowd.Limit(listener, observers, crowd.Bounds{}), log: log, checks: map[string]func() error{}, notices: map[string]func() error{}, mux: http.NewServeMux()}
 	a.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	a.mux.HandleFunc("GET /readyz", a.readyz)
 	a.mux.Handle("GET /metrics", promhttp.HandlerFor(gatherer, promhttp.HandlerOpts{}))

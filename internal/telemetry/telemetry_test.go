@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -221,6 +222,35 @@ func TestLimits(t *testing.T) {
 }
 
 // A handler that panics is told of, and ends nothing; what clients do wrong is not.
+// TestIdleConnections: who sits on all the places of his address loses the oldest to
+// who comes; neither a kubelet is kept waiting, nor memory without bound.
+func TestIdleConnections(t *testing.T) {
+	url := admin(t, telemetry.NewRegistry(), slog.New(slog.DiscardHandler), func(*telemetry.Admin) {})
+	var idle []net.Conn
+	for range 40 {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if _, err := io.WriteString(conn, "GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		idle = append(idle, conn)
+	}
+	for i, conn := range idle[:8] {
+		if err := conn.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("connection %d is kept", i)
+		}
+	}
+}
+
 func TestErrorsAreLogged(t *testing.T) {
 	var mu sync.Mutex
 	var out bytes.Buffer

@@ -18,6 +18,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"castellan.dev/internal/crowd"
 )
 
 // Ready is 200 while every check returns nil, and 503 otherwise.
@@ -35,6 +37,9 @@ func Ready(checks ...func() error) http.Handler {
 	return mux
 }
 
+// askers are the connections, which anybody may open: a kubelet needs one or two.
+var askers = crowd.Bounds{Total: 256, PerSource: 32}
+
 // Serve serves h on l until ctx ends.
 func Serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
 	server := &http.Server{
@@ -48,7 +53,7 @@ func Serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	}
 	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	if err := server.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(crowd.Limit(l, askers, crowd.Bounds{})); err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("ready listener: %w", err)
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -301,4 +302,40 @@ func TestTCPAndGRPCProbes(t *testing.T) {
 	<-served
 	check("/app-health/tcp", 503)
 	check("/app-health/all", 503)
+}
+
+// TestIdleConnections: a kubelet gets its answer though another address sits on every
+// place that one may have, and its own address too.
+func TestIdleConnections(t *testing.T) {
+	url := serve(t, health.Ready())
+	var first net.Conn
+	for _, source := range []string{"127.0.0.1", "127.0.0.2"} {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
+		for range 40 {
+			conn, err := d.Dial("tcp", strings.TrimPrefix(url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			// Between two requests the server waits a minute.
+			if _, err := io.WriteString(conn, "GET /healthz/ready HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := conn.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+			if first == nil {
+				first = conn
+			}
+		}
+	}
+	if err := first.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, first); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the oldest is kept")
+	}
+	if code, _ := get(t, url+"/healthz/ready"); code != 200 {
+		t.Errorf("%d", code)
+	}
 }
