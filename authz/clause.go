@@ -22,6 +22,9 @@ type clause struct {
 const (
 	maxPairsPerRule = 1 << 14
 	maxClauses      = 1 << 17
+	// maxRepeated is how often the conditions of a rule, which each of its pairs
+	// holds, may be repeated.
+	maxRepeated = 1 << 17
 )
 
 // clauses pairs a rule's sources and operations.
@@ -29,7 +32,7 @@ func (d ruleDraft) clauses(rule uint32, have int) []clause {
 	from, to := simplify(d.from), simplify(d.to)
 	when := build(d.when)
 	pairs := len(from) * len(to)
-	if pairs > maxPairsPerRule || have+pairs > maxClauses {
+	if pairs > maxPairsPerRule || have+pairs > maxClauses || pairs*len(when) > maxRepeated {
 		c := newClause(rule, when)
 		c.alternatives = [][][]term{from, to}
 		return []clause{c}

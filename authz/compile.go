@@ -170,6 +170,13 @@ func (c *compiler) program(d policy.Document, spec *policy.AuthorizationPolicy, 
 		p.answer.Action, p.answer.Reason = policy.ActionDeny, ReasonDenied
 		p.rules = []policy.Rule{{}}
 	}
+	if field, n := excess(spec); field != "" {
+		// An ALLOW policy then never matches, every other one always does.
+		report(field, "", tooManyValues(n))
+		if p.rules = nil; !p.allow {
+			p.rules = []policy.Rule{{}}
+		}
+	}
 	if len(p.rules) == 0 && !p.allow {
 		// Rule 4: not valid. Whoever wrote it wanted something denied.
 		report("spec.rules", "", spec.Action+" without rules; everything is denied")

@@ -13,6 +13,11 @@ import (
 // to about 20.
 const maxDepth = 64
 
+// longestPath is up to what length paths are continued; no field of a policy has a
+// longer one. A path is made for every value, and below long names of an object
+// that only pretends to be a policy that would be gigabytes.
+const longestPath = 256
+
 type jsonKind string
 
 const (
@@ -155,6 +160,8 @@ func closeDelim(dec *json.Decoder, field string) error {
 // childPath names a member: spec.rules, metadata.annotations["istio.io/dry-run"].
 func childPath(parent, name string) string {
 	switch {
+	case len(parent) > longestPath:
+		return parent
 	case !plainName(name):
 		return parent + "[" + strconv.Quote(shorten(name)) + "]"
 	case parent == "":
@@ -164,7 +171,12 @@ func childPath(parent, name string) string {
 	}
 }
 
-func itemPath(parent string, i int) string { return parent + "[" + strconv.Itoa(i) + "]" }
+func itemPath(parent string, i int) string {
+	if len(parent) > longestPath {
+		return parent
+	}
+	return parent + "[" + strconv.Itoa(i) + "]"
+}
 
 func plainName(name string) bool {
 	return name != "" && len(name) <= 64 && strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_") == ""

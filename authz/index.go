@@ -12,7 +12,12 @@ const none = math.MaxUint32
 
 // maxEntries bounds an index, whatever the policies; beyond it clauses are tried
 // one by one, which is slow but right.
-const maxEntries = 1 << 22
+const maxEntries = 1 << 20
+
+// maxWork bounds how often keys are looked at while an index is built: with many
+// clauses that differ in little, dividing them once more costs much and gains
+// nothing. Ten thousand ordinary rules take less than a hundredth of it.
+const maxWork = 1 << 24
 
 // leafSize is up to how many clauses are tried one by one.
 const leafSize = 4
@@ -69,7 +74,9 @@ type builder struct {
 	bySet    map[*set]access
 	accesses [][]access // by clause
 	counts   []int32    // by key, of the node being built
+	used     []bool     // by dimension, above the node being built
 	budget   int        // entries still allowed, so that an index stays in proportion to its policies
+	work     int        // that may still be done
 }
 
 // buildIndex returns the root over all clauses.
@@ -85,8 +92,10 @@ func buildIndex(clauses []clause) *node {
 		}
 	}
 	b.counts = make([]int32, len(b.keys))
+	b.used = make([]bool, len(b.dims))
 	b.budget = min(8*total+1<<12, maxEntries)
-	return b.node(ids, nil)
+	b.work = maxWork
+	return b.node(ids, true)
 }
 
 // accessesOf lists the dimensions of a clause in order of preference: what the
@@ -179,34 +188,50 @@ func keyOfSubject(p *pattern) key {
 
 // node builds the node over some clauses, in order, that the dimensions in used
 // have already told apart.
-func (b *builder) node(ids []uint32, used []int32) *node {
+func (b *builder) node(ids []uint32, root bool) *node {
 	n := &node{least: ids[0]}
-	if len(ids) <= leafSize || b.budget <= 0 {
+	if len(ids) <= leafSize || b.budget <= 0 || !b.affords(ids) {
 		n.leaf = ids
 		return n
 	}
-	byDim := b.divide(n, ids, used)
+	byDim := b.divide(n, ids)
 	order := make([]int32, 0, len(byDim))
 	for dim := range byDim {
 		order = append(order, dim)
 	}
 	slices.Sort(order)
 	for _, dim := range order {
-		n.dims = append(n.dims, b.dimension(dim, byDim[dim], append(slices.Clone(used), dim)))
+		b.used[dim] = true
+		n.dims = append(n.dims, b.dimension(dim, byDim[dim], root))
+		b.used[dim] = false
 	}
 	return n
+}
+
+// affords takes what it costs to divide the clauses off the work that may be done.
+func (b *builder) affords(ids []uint32) bool {
+	for _, id := range ids {
+		b.work--
+		for _, a := range b.accesses[id] {
+			b.work -= 1 + len(a.keys)
+		}
+		if b.work <= 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // divide puts each clause under the keys of that dimension in which it shares its
 // most crowded key with the fewest others; those that cannot be found by any
 // stay with the node.
-func (b *builder) divide(n *node, ids []uint32, used []int32) map[int32]map[int32][]uint32 {
+func (b *builder) divide(n *node, ids []uint32) map[int32]map[int32][]uint32 {
 	b.count(ids, 1)
 	byDim := make(map[int32]map[int32][]uint32)
 	for _, id := range ids {
 		best, crowd := -1, int32(math.MaxInt32)
 		for i, a := range b.accesses[id] {
-			if slices.Contains(used, a.dim) {
+			if b.used[a.dim] {
 				continue
 			}
 			if c := b.crowd(a); c < crowd {
@@ -250,9 +275,9 @@ func (b *builder) crowd(a access) int32 {
 	return most
 }
 
-func (b *builder) dimension(dim int32, by map[int32][]uint32, used []int32) dimension {
+func (b *builder) dimension(dim int32, by map[int32][]uint32, root bool) dimension {
 	d := dimension{ref: b.dims[dim]}
-	if d.ref.attr == attrClaim && len(used) == 1 {
+	if d.ref.attr == attrClaim && root {
 		d.memo = new(claimMemo)
 	}
 	prefixes, suffixes, templates := make(map[string]*node), make(map[string]*node), make(map[string]*node)
@@ -262,7 +287,7 @@ func (b *builder) dimension(dim int32, by map[int32][]uint32, used []int32) dime
 	}
 	slices.Sort(order)
 	for _, id := range order {
-		child := b.node(by[id], used)
+		child := b.node(by[id], false)
 		switch k := b.keys[id]; k.kind {
 		case patExact:
 			if d.exact == nil {

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 )
@@ -34,6 +35,7 @@ type pattern struct {
 // Reasons for which a value cannot be represented.
 var (
 	errEmptyValue = errors.New("empty value")
+	errLongValue  = fmt.Errorf("longer than %d bytes", maxValue)
 	errBraces     = errors.New("'{' and '}' may stand only in the operators {*} and {**}, each a whole segment")
 )
 

@@ -159,6 +159,11 @@ func (r *reader) values(at ref, values []string, field string) []pattern {
 	patterns := make([]pattern, 0, len(values))
 	ok := true
 	for i, value := range values {
+		if len(value) > maxValue {
+			r.fail(fmt.Sprintf("%s[%d]", field, i), value, errLongValue)
+			ok = false
+			continue
+		}
 		for _, v := range r.domains.expand(at.attr, value) {
 			p, err := at.parse(v, r.namespace)
 			if err != nil {

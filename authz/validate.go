@@ -30,6 +30,10 @@ const (
 	maxLabelValue      = 63
 )
 
+// maxFindings of each severity are listed of a document; of the others there is one
+// more that counts them. Errors never stand behind warnings.
+const maxFindings = 100
+
 // Finding is one thing to say about a document: an error, for which it is not
 // admitted, or a warning about what is legal but risky.
 type Finding struct {
@@ -40,6 +44,9 @@ type Finding struct {
 	Value string `json:"value,omitempty"`
 	// Reason says what is wrong, what it would do, and what is allowed instead.
 	Reason string `json:"reason"`
+	// More is how many findings of this severity this one stands for that are not
+	// listed; 0 for a finding of its own.
+	More int `json:"more,omitempty"`
 }
 
 // String returns one line.
@@ -61,7 +68,36 @@ func Validate(doc policy.Document, mesh policy.Mesh) []Finding { return Validate
 // ValidateFor is Validate for a workload whose ports declare their protocols, by
 // workload port: it warns of HTTP fields only where such a port is known to be TCP.
 func ValidateFor(doc policy.Document, mesh policy.Mesh, ports map[uint16]string) []Finding {
-	v := &validation{mesh: mesh, namespace: doc.Metadata.Namespace, ports: ports}
+	if ports == nil {
+		return validate(doc, mesh, nil, false)
+	}
+	return validate(doc, mesh, tcpPorts(ports), true)
+}
+
+// maxPortSets bounds how many different declarations of ports a document is looked
+// at with, and maxPorts how many ports one of them may have.
+const (
+	maxPortSets = 8
+	maxPorts    = 256
+)
+
+// ValidateForAll is ValidateFor for every workload that a document selects, by what
+// each declares of its ports: it says at once what is to be said for any of them.
+// Where none is selected, where one says nothing about a port and where they or
+// their ports are too many, it is as if nobody had declared any.
+func ValidateForAll(doc policy.Document, mesh policy.Mesh, ports []map[uint16]string) []Finding {
+	if len(ports) == 0 || len(ports) > maxPortSets || slices.ContainsFunc(ports, undeclared) {
+		return Validate(doc, mesh)
+	}
+	tcp := tcpPorts(ports...)
+	if len(tcp) > maxPorts {
+		return Validate(doc, mesh)
+	}
+	return validate(doc, mesh, tcp, true)
+}
+
+func validate(doc policy.Document, mesh policy.Mesh, tcp ports, declared bool) []Finding {
+	v := &validation{mesh: mesh, namespace: doc.Metadata.Namespace, own: newDomains(mesh, ""), declared: declared, tcp: tcp}
 	v.metadata(doc)
 	switch {
 	case doc.Kind == policy.KindAuthorization && doc.Authorization != nil:
@@ -74,28 +110,7 @@ func ValidateFor(doc policy.Document, mesh policy.Mesh, ports map[uint16]string)
 		v.refuse("kind", doc.Kind, "no spec of this kind; allowed: %s, %s, %s",
 			policy.KindAuthorization, policy.KindRequestAuthentication, policy.KindPeerAuthentication)
 	}
-	return v.findings
-}
-
-// maxPortSets bounds how many different declarations of ports a document is looked at with.
-const maxPortSets = 8
-
-// ValidateForAll is ValidateFor for every workload that a document selects, by what
-// each declares of its ports. Where none is selected, where one says nothing about
-// a port and where they are too many, it is as if nobody had declared any.
-func ValidateForAll(doc policy.Document, mesh policy.Mesh, ports []map[uint16]string) []Finding {
-	if len(ports) == 0 || len(ports) > maxPortSets || slices.ContainsFunc(ports, undeclared) {
-		return Validate(doc, mesh)
-	}
-	var out []Finding
-	for _, set := range ports {
-		for _, f := range ValidateFor(doc, mesh, set) {
-			if !slices.Contains(out, f) {
-				out = append(out, f)
-			}
-		}
-	}
-	return out
+	return v.all()
 }
 
 func undeclared(ports map[uint16]string) bool {
@@ -104,33 +119,53 @@ func undeclared(ports map[uint16]string) bool {
 			return true
 		}
 	}
-	return len(ports) == 0
+	return len(ports) == 0 || len(ports) > maxPorts
 }
 
 // validation collects findings about one document.
 type validation struct {
 	mesh      policy.Mesh
 	namespace string
-	ports     map[uint16]string
-	findings  []Finding
+	own       domains
+	// declared: it is known which ports there are, and tcp are those that are not HTTP.
+	declared bool
+	tcp      ports
+	findings []Finding
+	// errors and warnings there were, listed or not.
+	errors, warnings int
 }
 
 func (v *validation) refuse(field, value, format string, args ...any) {
-	v.add(SeverityError, field, value, fmt.Sprintf(format, args...))
+	if v.errors++; v.errors <= maxFindings {
+		v.add(SeverityError, field, value, fmt.Sprintf(format, args...))
+	}
 }
 
 func (v *validation) warn(field, value, format string, args ...any) {
-	v.add(SeverityWarning, field, value, fmt.Sprintf(format, args...))
+	if v.warnings++; v.warnings <= maxFindings {
+		v.add(SeverityWarning, field, value, fmt.Sprintf(format, args...))
+	}
 }
 
 func (v *validation) add(severity, field, value, reason string) {
 	v.findings = append(v.findings, Finding{Severity: severity, Field: field, Value: shorten(value), Reason: reason})
 }
 
+// all is what there is to say, and how much more there would be.
+func (v *validation) all() []Finding {
+	if more := v.errors - maxFindings; more > 0 {
+		v.findings = append(v.findings, Finding{Severity: SeverityError, Field: "document", Reason: fmt.Sprintf("and %d more errors", more), More: more})
+	}
+	if more := v.warnings - maxFindings; more > 0 {
+		v.findings = append(v.findings, Finding{Severity: SeverityWarning, Field: "document", Reason: fmt.Sprintf("and %d more warnings", more), More: more})
+	}
+	return v.findings
+}
+
 func (v *validation) rootNamespace() string { return rootNamespace(v.mesh) }
 
 // domains are what the mesh's identities may be called.
-func (v *validation) domains() domains { return newDomains(v.mesh, "") }
+func (v *validation) domains() domains { return v.own }
 
 func (v *validation) metadata(doc policy.Document) {
 	meta := doc.Metadata
@@ -179,6 +214,7 @@ func (v *validation) selection(selector *policy.Selector, ref *policy.TargetRef,
 	}
 	if len(refs) > maxTargetRefs {
 		v.refuse("spec.targetRefs", "", "%d references, at most %d are allowed", len(refs), maxTargetRefs)
+		refs = refs[:maxTargetRefs]
 	}
 	for i, r := range refs {
 		v.targetRef(itemPath("spec.targetRefs", i), r)
@@ -194,6 +230,10 @@ func (v *validation) selector(s *policy.Selector) {
 	}
 	if len(s.MatchLabels) == 0 {
 		v.warn("spec.selector", "", "an empty selector selects every workload of its scope; leave selector out if that is meant")
+	}
+	if n := len(s.MatchLabels); n > maxLabels {
+		v.refuse("spec.selector.matchLabels", "", "%d labels, at most %d are allowed", n, maxLabels)
+		return
 	}
 	for _, key := range sortedKeys(s.MatchLabels) {
 		value := s.MatchLabels[key]

@@ -26,6 +26,10 @@ func (v *validation) requestAuthentication(r *policy.RequestAuthentication) {
 		v.refuse("spec.jwtRules", "", "%d rules, at most %d are allowed", len(r.JWTRules), maxJWTRules)
 		return
 	}
+	if field, n := excessJWT(r); field != "" {
+		v.tooMany(field, n)
+		return
+	}
 	issuers := make(map[string]int)
 	for i, rule := range r.JWTRules {
 		field := itemPath("spec.jwtRules", i)
@@ -39,6 +43,9 @@ func (v *validation) requestAuthentication(r *policy.RequestAuthentication) {
 }
 
 func (v *validation) jwtRule(field string, r policy.JWTRule) {
+	if !v.short(field+".issuer", r.Issuer) {
+		return
+	}
 	v.issuer(field, r)
 	if len(r.Audiences) == 0 {
 		v.warn(field+".audiences", "", "without audiences a token meant for any other service of this issuer is accepted")

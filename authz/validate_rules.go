@@ -17,6 +17,10 @@ func (v *validation) authorization(p *policy.AuthorizationPolicy) {
 		v.refuse("spec.rules", "", "%d rules, at most %d are allowed", len(p.Rules), maxRules)
 		return
 	}
+	if field, n := excess(p); field != "" {
+		v.tooMany(field, n)
+		return
+	}
 	for i, rule := range p.Rules {
 		v.rule(itemPath("spec.rules", i), rule, actionOf(p))
 	}
@@ -225,6 +229,9 @@ func (v *validation) values(field string, values []string, check func(*validatio
 		item := itemPath(field, i)
 		if value == "" {
 			v.refuse(item, "", "an empty string is not allowed")
+			continue
+		}
+		if !v.short(item, value) {
 			continue
 		}
 		check(v, item, value)

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,15 +30,26 @@ func (v *validation) onTCP(field string, r policy.Rule, action string) {
 // ports, a DENY or CUSTOM rule can unless it names the ports it is for; an ALLOW
 // rule is not held against its author, since it can only allow less.
 func (v *validation) reachesTCP(r policy.Rule, action string) bool {
-	if v.ports == nil {
+	if !v.declared {
 		return action != policy.ActionAllow && !namesPorts(r)
 	}
-	for port, protocol := range v.ports {
-		if isTCP(protocol) && reachesPort(r, strconv.Itoa(int(port))) {
-			return true
+	return reachesAny(r, v.tcp)
+}
+
+// ports are workload ports, as policies write them.
+type ports map[string]bool
+
+// tcpPorts are the ports that some of the workloads declare to be TCP.
+func tcpPorts(sets ...map[uint16]string) ports {
+	out := ports{}
+	for _, set := range sets {
+		for port, protocol := range set {
+			if isTCP(protocol) {
+				out[strconv.Itoa(int(port))] = true
+			}
 		}
 	}
-	return false
+	return out
 }
 
 // isTCP holds for declared protocols that are not HTTP. An undeclared one is
@@ -67,19 +79,45 @@ func namesPorts(r policy.Rule) bool {
 	return len(r.To) > 0
 }
 
-func reachesPort(r policy.Rule, port string) bool {
+// reachesAny says whether a rule can apply to one of the ports. Every value is
+// looked at once, however many ports there are.
+func reachesAny(r policy.Rule, left ports) bool {
 	for _, c := range r.When {
-		if c.Key == "destination.port" && (len(c.Values) > 0 && !slices.Contains(c.Values, port) || slices.Contains(c.NotValues, port)) {
-			return false
+		if c.Key == "destination.port" {
+			left = left.narrow(c.Values, c.NotValues)
 		}
 	}
-	for _, to := range r.To {
-		o := to.Operation
-		if o == nil || (len(o.Ports) == 0 || slices.Contains(o.Ports, port)) && !slices.Contains(o.NotPorts, port) {
-			return true
+	if len(left) == 0 || len(r.To) == 0 {
+		return len(left) > 0
+	}
+	return slices.ContainsFunc(r.To, func(to policy.To) bool {
+		return to.Operation == nil || len(left.narrow(to.Operation.Ports, to.Operation.NotPorts)) > 0
+	})
+}
+
+// narrow returns the ports that are among values, unless those are none, and not
+// among others. p stays as it is.
+func (p ports) narrow(values, others []string) ports {
+	out := p
+	if len(values) > 0 {
+		out = ports{}
+		for _, v := range values {
+			if p[v] {
+				out[v] = true
+			}
 		}
 	}
-	return len(r.To) == 0
+	copied := len(values) > 0
+	for _, v := range others {
+		if !out[v] {
+			continue
+		}
+		if !copied {
+			out, copied = maps.Clone(out), true
+		}
+		delete(out, v)
+	}
+	return out
 }
 
 // httpFields lists the paths of a rule's HTTP-only fields (rule 19).

@@ -26,6 +26,9 @@ func (v *validation) condition(field string, c policy.Condition, action string) 
 	if len(c.Values) == 0 && len(c.NotValues) == 0 {
 		v.refuse(field, c.Key, "at least one of values and notValues is required")
 	}
+	if !v.short(field+".key", c.Key) {
+		return
+	}
 	key, err := parseKey(c.Key)
 	if err != nil {
 		v.refuse(field+".key", c.Key, "%v%s; allowed: %s", err, retired(c.Key), allowedKeys)
