@@ -1,7 +1,5 @@
 package webhook
 
-import "golang.org/x/sync/semaphore"
-
 const (
 	// maxBody bounds one review: it holds an object twice at an update, and the API
 	// server takes 3 MiB at most.
@@ -16,6 +14,8 @@ const (
 	// maxWorked reviews are decoded and judged at once, which takes each of them a
 	// millisecond at most.
 	maxWorked = 4
+	// maxWorkedBySource leaves places whatever somebody else sends.
+	maxWorkedBySource = maxWorked / 2
 	// maxPodElements and maxPolicyElements bound the items of lists and members of
 	// objects in a review: of two bytes each, some would become kilobytes.
 	maxPodElements    = 20_000
@@ -27,11 +27,11 @@ const (
 type budget struct {
 	room
 	// worked is for what is computed at once: a body becomes many times its size.
-	worked *semaphore.Weighted
+	worked *turns
 }
 
 func newBudget() *budget {
-	return &budget{room: room{sources: map[string]int64{}}, worked: semaphore.NewWeighted(maxWorked)}
+	return &budget{room: room{sources: map[string]int64{}}, worked: newTurns()}
 }
 
 // elements counts the items and members of a JSON text, at least.

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"castellan.dev/authz"
 	"castellan.dev/internal/config"
 	"castellan.dev/internal/workloads"
 )
@@ -41,4 +42,15 @@ func HandlerWithBudget(in *Injector) (http.Handler, func(context.Context, string
 		}
 		return p.release, nil
 	}
+}
+
+// Bounded keeps warnings few.
+func Bounded(warnings []string) []string { return bounded(warnings) }
+
+// Split makes a message of errors, and warnings.
+func Split(findings []authz.Finding) (string, []string) { return split(findings) }
+
+// Turns are places to compute in; the function takes one.
+func Turns() func(ctx context.Context, source string) (release func(), err error) {
+	return newTurns().take
 }

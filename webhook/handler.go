@@ -87,13 +87,17 @@ func (s *Server) review(rw http.ResponseWriter, r *http.Request, w webhook) (res
 	if elements(body) > w.maxElements {
 		return "", &httpError{http.StatusRequestEntityTooLarge, resultLimited, "review has too many elements"}
 	}
-	if s.budget.worked.Acquire(ctx, 1) != nil {
+	done, err := s.budget.worked.take(ctx, sourceOf(r))
+	if err != nil {
 		return "", &httpError{http.StatusServiceUnavailable, resultLimited, "too many reviews at once"}
 	}
-	defer s.budget.worked.Release(1)
+	defer done()
 	req, err := decodeReview(body)
 	if err != nil {
 		return "", err
+	}
+	if ctx.Err() != nil { // nobody waits for the rest
+		return "", &httpError{http.StatusServiceUnavailable, resultLimited, "too many reviews at once"}
 	}
 	a := s.guard(ctx, w, req)
 	a.response.UID = req.UID
@@ -120,11 +124,7 @@ func (s *Server) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 	if size < 0 {
 		size = maxBody
 	}
-	source, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		source = r.RemoteAddr
-	}
-	place, err := s.budget.take(ctx, source, size, func() {
+	place, err := s.budget.take(ctx, sourceOf(r), size, func() {
 		// What is being read ends; of a body that is whole meanwhile nothing is left to end.
 		_ = http.NewResponseController(rw).SetReadDeadline(s.cfg.Now())
 	})
@@ -146,6 +146,15 @@ func (s *Server) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 		return nil, nil, &httpError{http.StatusBadRequest, resultMalformed, "review cannot be read"}
 	}
 	return body, place.release, nil
+}
+
+// sourceOf is the address a review comes from.
+func sourceOf(r *http.Request) string {
+	source, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return r.RemoteAddr
+	}
+	return source
 }
 
 func reviewType() metav1.TypeMeta {

@@ -4,8 +4,8 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
+	"sync"
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
@@ -44,16 +44,26 @@ func Review(doc policy.Document, mesh policy.Mesh, file *workloads.File) []authz
 // chosen is what a document selects.
 type chosen struct {
 	inside, outside int
-	ports           []map[uint16]string // of those in the mesh, without repetition
+	// ports are those of the workloads in the mesh, without repetition; none where
+	// they are too many to look at, or some workload has too many.
+	ports []map[uint16]string
 }
+
+// Bounds on what a document is looked at with; who creates pods and services
+// chooses how much there is.
+const (
+	maxPortSets = 8
+	maxPorts    = 256
+)
 
 func choose(doc policy.Document, mesh policy.Mesh, file *workloads.File) chosen {
 	var c chosen
 	if file == nil {
 		return c
 	}
-	var declared map[string]map[uint16]string
+	declared := declaredBy(file)
 	seen := map[string]bool{}
+	known := doc.Authorization != nil
 	for i := range file.Workloads {
 		w := &file.Workloads[i]
 		if !authz.Selects(doc, w.Namespace, w.Labels, mesh) {
@@ -64,19 +74,40 @@ func choose(doc policy.Document, mesh policy.Mesh, file *workloads.File) chosen 
 			continue
 		}
 		c.inside++
-		if doc.Authorization == nil {
+		if !known {
 			continue
 		}
-		if declared == nil {
-			declared = file.DeclaredPorts()
+		ports := declared(w)
+		if known = len(ports) <= maxPorts; !known {
+			continue
 		}
 		// fmt prints maps in the order of their keys.
-		if key := fmt.Sprint(declared[w.PodUID]); !seen[key] {
+		if key := fmt.Sprint(ports); !seen[key] {
 			seen[key] = true
-			c.ports = append(c.ports, declared[w.PodUID])
+			c.ports = append(c.ports, ports)
+			known = len(c.ports) <= maxPortSets
 		}
 	}
+	if !known {
+		c.ports = nil
+	}
 	return c
+}
+
+// declaredBy returns what says which ports a workload declares. Of a resolved file
+// only those are looked at that are asked for.
+func declaredBy(file *workloads.File) func(*workloads.Workload) map[uint16]string {
+	if file.Resolved {
+		return func(w *workloads.Workload) map[uint16]string {
+			ports := make(map[uint16]string, len(w.Ports))
+			for _, p := range w.Ports {
+				ports[p.Number] = p.Protocol
+			}
+			return ports
+		}
+	}
+	declared := sync.OnceValue(file.DeclaredPorts)
+	return func(w *workloads.Workload) map[uint16]string { return declared()[w.PodUID] }
 }
 
 // selection returns the labels a document asks for, and whether it is for gateways.
@@ -129,17 +160,24 @@ const (
 // split makes a message of the errors, empty where there is none, and warnings.
 func split(findings []authz.Finding) (message string, warnings []string) {
 	var refusals []string
+	var shown notes
+	more := 0
 	for _, f := range findings {
-		if f.Severity == authz.SeverityError {
+		switch {
+		case f.Severity != authz.SeverityError:
+			shown.add(text(f), f.More)
+		case f.More > 0:
+			more += f.More
+		case len(refusals) < maxErrors:
 			refusals = append(refusals, text(f))
-		} else {
-			warnings = append(warnings, text(f))
+		default:
+			more++
 		}
 	}
-	if more := len(refusals) - maxErrors; more > 0 {
-		refusals = append(refusals[:maxErrors], fmt.Sprintf("and %d more", more))
+	if more > 0 {
+		refusals = append(refusals, fmt.Sprintf("and %d more", more))
 	}
-	return strings.Join(refusals, "; "), bounded(warnings)
+	return strings.Join(refusals, "; "), shown.all()
 }
 
 // text is a finding without its severity, which the API server's client adds.
@@ -150,18 +188,48 @@ func text(f authz.Finding) string {
 	return fmt.Sprintf("%s: %q: %s", f.Field, f.Value, f.Reason)
 }
 
-// bounded keeps warnings few and short; `castellan authz validate` tells all.
+// bounded keeps warnings few and short; `castellan authz validate` tells more.
 func bounded(warnings []string) []string {
-	var out []string
+	var n notes
 	for _, w := range warnings {
-		if w = brief(w); !slices.Contains(out, w) {
-			out = append(out, w)
-		}
+		n.add(w, 0)
 	}
-	if more := len(out) - maxWarnings; more > 0 {
-		out = append(out[:maxWarnings], fmt.Sprintf("and %d more", more))
+	return n.all()
+}
+
+// notes are the warnings of one answer, each once.
+type notes struct {
+	list []string
+	seen map[string]bool
+	more int
+}
+
+// add takes a warning, or one that stands for more.
+func (n *notes) add(w string, more int) {
+	if more > 0 {
+		n.more += more
+		return
 	}
-	return out
+	w = brief(w)
+	if n.seen[w] {
+		return
+	}
+	if n.seen == nil {
+		n.seen = map[string]bool{}
+	}
+	n.seen[w] = true
+	if len(n.list) < maxWarnings {
+		n.list = append(n.list, w)
+	} else {
+		n.more++
+	}
+}
+
+func (n *notes) all() []string {
+	if n.more == 0 {
+		return n.list
+	}
+	return append(n.list, fmt.Sprintf("and %d more", n.more))
 }
 
 // brief keeps the clauses of a warning that fit, the first in any case.

@@ -33,9 +33,13 @@ func (s *Server) validate(ctx context.Context, req *admissionv1.AdmissionRequest
 	}
 	doc, err := authz.Decode(req.Object.Raw)
 	var findings []authz.Finding
-	if err != nil {
+	switch {
+	case ctx.Err() != nil:
+		// Fails closed: the caller has gone, and an answer all the same must not admit.
+		return answer{resultLimited, denied(http.StatusServiceUnavailable, metav1.StatusReasonTimeout, "the review took too long")}
+	case err != nil:
 		findings = []authz.Finding{findingOf(err)}
-	} else {
+	default:
 		findings = Review(named(doc, req), s.cfg.Mesh, s.inventory())
 	}
 	message, warnings := split(findings)
