@@ -190,6 +190,8 @@ func storm(t testing.TB, n int) (took []time.Duration, calls int) {
 			t.Fatal(err)
 		}
 	}
+	const after = "storm-after"
+	namespace(t, after, injected)
 	arrivals := make([]csitest.Arrival, n)
 	err := each(n, 8, func(i int) (err error) {
 		arrivals[i], err = arrive(ns, node, fmt.Sprintf("pod-%d", i), fmt.Sprintf("sa-%d", i%20))
@@ -198,8 +200,11 @@ func storm(t testing.TB, n int) (took []time.Duration, calls int) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The server knows a pod's policy from its watch alone, which shows pods in the order
+	// in which they were made: what it would ask for is what it has not been shown.
+	one(t, after, pod{Name: "last"})
 	kubelet := stormAgent(t, node)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
 	if err := kubelet.Register(ctx); err != nil {
 		t.Fatal(err)

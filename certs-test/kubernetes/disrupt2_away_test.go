@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 // scaleServer sets how many servers there are, and waits until it is so.
@@ -18,7 +17,7 @@ func scaleServer(t *testing.T, replicas int) {
 	if err := api.merge(url, object{"spec": object{"replicas": replicas}}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, fmt.Sprintf("%d servers are ready", replicas), func() error {
+	within(t, 2*patience, fmt.Sprintf("%d servers are ready", replicas), func() error {
 		ready := 0
 		pods := listPods(t, "castellan-system", "app%3Dcastellan-server")
 		for _, p := range pods {
@@ -119,15 +118,32 @@ func TestDisruptPodDeletedMidIssuance(t *testing.T) {
 	waiting := one(t, ns, pod{Name: "waiting", Node: "node-1", Volume: true, Socket: true})
 	eventually(t, "the agent serves the pod that waits too", served)
 	deletePod(t, ns, "waiting")
-	// These are deleted at whatever point they have come to.
+	// These are deleted each at another point.
+	points := []func(*podStatus) bool{
+		func(*podStatus) bool { return true },
+		func(p *podStatus) bool { return p.Spec.NodeName != "" },
+		func(p *podStatus) bool { return p.is("PodReadyToStartContainers") },
+		func(p *podStatus) bool { return p.Status.Phase == "Running" },
+		func(p *podStatus) bool { return p.is("Ready") },
+	}
 	var pods []pod
-	for i := range 6 {
+	for i := range points {
 		pods = append(pods, pod{Name: fmt.Sprintf("brief-%d", i), Account: "brief", Node: "node-1", Volume: true, Socket: true})
 	}
 	create(t, ns, pods...)
 	for i, p := range pods {
-		time.Sleep(time.Duration(i) * 100 * time.Millisecond)
-		if err := api.remove("/api/v1/namespaces/" + ns + "/pods/" + p.Name + "?gracePeriodSeconds=0"); err != nil {
+		url := "/api/v1/namespaces/" + ns + "/pods/" + p.Name
+		eventually(t, p.Name+" has come so far", func() error {
+			var now podStatus
+			if err := api.get(url, &now); err != nil {
+				return err
+			}
+			if !points[i](&now) {
+				return fmt.Errorf("%+v", now.Status)
+			}
+			return nil
+		})
+		if err := api.remove(url + "?gracePeriodSeconds=0"); err != nil {
 			t.Error(err)
 		}
 	}
@@ -153,6 +169,16 @@ func TestDisruptPodDeletedMidIssuance(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// is says whether a condition of the pod is true.
+func (p *podStatus) is(condition string) bool {
+	for _, c := range p.Status.Conditions {
+		if c.Type == condition {
+			return c.Status == "True"
+		}
+	}
+	return false
 }
 
 // withVolume counts the pods on a node that have a volume of ours.

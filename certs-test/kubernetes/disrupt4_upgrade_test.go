@@ -2,7 +2,6 @@ package kubernetes_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"testing"
@@ -11,10 +10,11 @@ import (
 )
 
 // changed are the settings after the upgrade: another version, and the other choice
-// wherever there is one.
+// wherever there is one. Leaves are as short as a test can wait for: with half of it left
+// they outlive the server's being replaced, on a slow machine too.
 var changed = []string{
 	"--timeout", "3m", "--set", "image.pullPolicy=Never", "--set", "image.tag=next",
-	"--set", "ca.leafTTL=20s",
+	"--set", "ca.leafTTL=60s",
 	"--set", "attestation.verification=tokenReview",
 	"--set", "mesh.outboundPolicy=ALLOW_ANY",
 	"--set", "attestation.directCallers={callers/other}",
@@ -49,6 +49,18 @@ func images(t *testing.T) (found []string) {
 	return slices.Compact(found)
 }
 
+// runs waits until Castellan's own pods run these images and no others: what ends may be
+// there for a moment more.
+func runs(t *testing.T, want ...string) {
+	t.Helper()
+	eventually(t, "Castellan's images", func() error {
+		if got := images(t); !slices.Equal(got, want) {
+			return fmt.Errorf("they are %q, want %q", got, want)
+		}
+		return nil
+	})
+}
+
 // Promises: the chart is upgraded in place under load, the agents one after the other:
 // no pod restarts, no request fails. After it, with short leaves, certificates rotate
 // under load with no failed request; tokens that are reviewed by the API server get
@@ -66,9 +78,7 @@ func TestDisruptUpgrade(t *testing.T) {
 	same := untouched(t, "callers", "outside")
 	disrupted(t, func(l *loads) {
 		install(t, changed)
-		if got := images(t); !slices.Equal(got, []string{"docker.io/castellan/castellan-agent:next", "docker.io/castellan/castellan-server:next"}) {
-			t.Errorf("images are %q", got)
-		}
+		runs(t, "docker.io/castellan/castellan-agent:next", "docker.io/castellan/castellan-server:next")
 		t.Run("rotation of short leaves", func(t *testing.T) { rotates(t, from) })
 		t.Run("tokens are reviewed", func(t *testing.T) {
 			verdicts(t)
@@ -84,9 +94,7 @@ func TestDisruptUpgrade(t *testing.T) {
 		install(t, settings())
 	})
 	same()
-	if got := images(t); !slices.Equal(got, before) {
-		t.Errorf("images are %q", got)
-	}
+	runs(t, before...)
 	from.web.fails(t, outside)
 	works(t, "upgraded")
 }
@@ -125,22 +133,18 @@ func rotates(t *testing.T, from *callers) {
 	start := spiffe.identity(t)
 	seen := map[string]map[string]bool{from.web.Name: {}, from.far.Name: {}}
 	within(t, 3*patience, "certificates rotate", func() error {
-		now := spiffe.identity(t)
-		if left := now.NotAfter.Sub(start.NotAfter); now.Updates < start.Updates+4 {
-			return fmt.Errorf("%d renewals, %s on", now.Updates-start.Updates, left)
-		}
-		return nil
-	})
-	within(t, 3*patience, "the proxies' certificates rotate", func() error {
 		for name, serials := range seen {
 			r, err := castellan(context.Background(), "cert", "fetch", "pod/"+name, "-n", "callers")
 			if err != nil {
 				return err
 			}
 			serials[r.out] = true
-			if len(serials) < 3 {
-				return errors.New("not yet")
+			if len(serials) < 2 {
+				return fmt.Errorf("%s has had one certificate", name)
 			}
+		}
+		if now := spiffe.identity(t); now.Updates < start.Updates+2 {
+			return fmt.Errorf("%d renewals, until %s", now.Updates-start.Updates, now.NotAfter)
 		}
 		return nil
 	})

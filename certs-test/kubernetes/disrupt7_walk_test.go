@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -75,7 +76,7 @@ func TestDisruptWalk(t *testing.T) {
 	for _, line := range lines {
 		run := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", line.command)
 		run.Dir = root
-		run.Env = append(os.Environ(), "KUBECONFIG="+empty.Kubeconfig(), "PATH="+tools+":"+os.Getenv("PATH"), "PLATFORMS=amd64")
+		run.Env = append(os.Environ(), "KUBECONFIG="+empty.Kubeconfig(), "PATH="+tools+":"+os.Getenv("PATH"), "PLATFORMS="+runtime.GOARCH)
 		var stderr strings.Builder
 		run.Stderr = &stderr
 		out, err := run.Output()

@@ -203,11 +203,40 @@ func TestDisruptBundleIsPutRight(t *testing.T) {
 	})
 }
 
+// saysTwice makes the server say the same Event of one object again, which counts what
+// is there already: that is what it may patch Events for.
+func saysTwice(t *testing.T) {
+	t.Helper()
+	const ns = "says-twice"
+	namespace(t, ns)
+	for _, path := range []string{"/one", "/two"} {
+		apply(t, fmt.Sprintf(`apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobodys, namespace: %s}
+spec: {selector: {matchLabels: {app: nobody}}, rules: [{to: [{operation: {paths: [%q]}}]}]}
+`, ns, path))
+		programmed(t, ns, "nobodys")
+	}
+	eventually(t, "an Event is counted again", func() error {
+		var list struct{ Items []struct{ Count int } }
+		if err := api.get("/api/v1/namespaces/"+ns+"/events", &list); err != nil {
+			return err
+		}
+		for _, e := range list.Items {
+			if e.Count > 1 {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", list.Items)
+	})
+}
+
 // Promise: the server works with exactly the permissions of the table: nothing that it
 // asks is refused, and nothing that it may is never asked. It comes last, when all has
 // been done that the server does.
 func TestDisruptZPermissions(t *testing.T) {
 	needCluster(t)
+	saysTwice(t)
 	used := map[permission]bool{}
 	forbidden := map[permission]string{}
 	audit(t, func(e *auditEvent) {

@@ -46,6 +46,27 @@ func ours(t *testing.T) (found []string) {
 	return found
 }
 
+// left waits until that is all there is of Castellan: what is deleted may take a moment.
+func left(t *testing.T, want []string) {
+	t.Helper()
+	within(t, 2*patience, "what is left", func() error {
+		if got := ours(t); !slices.Equal(got, want) {
+			return fmt.Errorf("it is %q\nwant: %q", got, want)
+		}
+		return nil
+	})
+}
+
+// checked waits until castellan check finds nothing amiss: proxies that have lost their
+// agent may be looking for the next one.
+func checked(t *testing.T) {
+	t.Helper()
+	eventually(t, "castellan check", func() error {
+		_, err := castellan(context.Background(), "check")
+		return err
+	})
+}
+
 func untainted(t *testing.T) {
 	t.Helper()
 	for _, node := range shared.Nodes() {
@@ -80,9 +101,7 @@ func TestDisruptUninstall(t *testing.T) {
 		if _, err := castellan(ctx, "uninstall"); err != nil {
 			t.Fatal(err)
 		}
-		if got := ours(t); !slices.Equal(got, kept) {
-			t.Errorf("left: %q\nwant: %q", got, kept)
-		}
+		left(t, kept)
 		untainted(t)
 		// Pods start, without a proxy, in namespaces that are labelled.
 		namespace(t, "uninstalled", injected)
@@ -100,9 +119,7 @@ func TestDisruptUninstall(t *testing.T) {
 	if _, err := castellan(ctx, "uninstall", "--purge"); err != nil {
 		t.Fatal(err)
 	}
-	if got := ours(t); len(got) > 0 {
-		t.Errorf("after --purge: %q", got)
-	}
+	left(t, nil)
 	untainted(t)
 	byHelm(t)
 
@@ -124,9 +141,7 @@ func TestDisruptUninstall(t *testing.T) {
 	}
 	site(t)
 	works(t, "on-istio-crds")
-	if _, err := castellan(ctx, "check"); err != nil {
-		t.Error(err)
-	}
+	checked(t)
 }
 
 // byHelm installs, upgrades and uninstalls with helm itself, as those do who keep all
@@ -146,9 +161,7 @@ func byHelm(t *testing.T) {
 	}
 	chart := []string{"castellan", filepath.Join("..", "..", "deploy", "chart")}
 	helm(slices.Concat([]string{"install"}, chart, settings(), []string{"--create-namespace"})...)
-	if _, err := castellan(context.Background(), "check"); err != nil {
-		t.Error(err)
-	}
+	checked(t)
 	before, err := roots()
 	if err != nil {
 		t.Fatal(err)
@@ -162,14 +175,9 @@ func byHelm(t *testing.T) {
 	}
 	removeSite(t)
 	helm("uninstall", "castellan")
-	eventually(t, "what helm leaves is state and policies", func() error {
-		if got := ours(t); !slices.Equal(got, kept) {
-			return fmt.Errorf("left: %q\nwant: %q", got, kept)
-		}
-		return nil
-	})
+	left(t, kept)
 	untainted(t)
-	purge := []string{"delete", "namespace/castellan-system"}
+	purge := []string{"delete", "--wait=false", "namespace/castellan-system"}
 	for _, name := range kept {
 		if crd, ok := strings.CutPrefix(name, "customresourcedefinitions/"); ok {
 			purge = append(purge, "crd/"+crd)
@@ -178,6 +186,7 @@ func byHelm(t *testing.T) {
 	if _, err := kubectl("", purge...); err != nil {
 		t.Fatal(err)
 	}
+	left(t, nil)
 }
 
 // removeSite removes the pods that tests share, and waits until they are gone.

@@ -111,11 +111,11 @@ func (l *loads) goesOn(calls int) {
 	l.t.Helper()
 	before := make([]int, len(l.ids))
 	for i := range l.ids {
-		r, err := l.report(i, "GET")
-		if err != nil {
-			l.t.Fatal(err)
-		}
-		before[i] = r.Calls
+		eventually(l.t, "the load is counted", func() error {
+			r, err := l.report(i, "GET")
+			before[i] = r.Calls
+			return err
+		})
 	}
 	eventually(l.t, "the load goes on", func() error {
 		for i := range l.ids {
@@ -179,12 +179,16 @@ func untouched(t *testing.T, namespaces ...string) (check func()) {
 	before := state()
 	return func() {
 		t.Helper()
-		after := state()
-		for name, was := range before {
-			if after[name] != was {
-				t.Errorf("pod %s was %s, is %s", name, was, after[name])
+		// A restart stays counted; but what a kubelet tells that has just started may lag.
+		eventually(t, "the pods are as they were", func() (err error) {
+			after := state()
+			for name, was := range before {
+				if after[name] != was {
+					err = errors.Join(err, fmt.Errorf("pod %s was %s, is %s", name, was, after[name]))
+				}
 			}
-		}
+			return err
+		})
 	}
 }
 
@@ -241,9 +245,16 @@ func crash(t testing.TB, p podStatus, well func(now *podStatus) bool) {
 
 func task(t testing.TB, node *cluster.Node, args ...string) {
 	t.Helper()
+	if err := tryTask(node, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func tryTask(node *cluster.Node, args ...string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if out, err := node.Command(ctx, "ctr", append([]string{"--namespace", "k8s.io", "tasks"}, args...)...).CombinedOutput(); err != nil {
-		t.Fatalf("ctr tasks %v: %v: %s", args, err, out)
+		return fmt.Errorf("ctr tasks %v: %w: %s", args, err, out)
 	}
+	return nil
 }
