@@ -161,7 +161,7 @@ func kubectl(stdin string, args ...string) (result, error) {
 // apply applies a user's YAML with kubectl, and removes it when the test ends.
 func apply(t testing.TB, text string) result {
 	t.Helper()
-	r, err := kubectl(text, "apply", "-f", "-")
+	r, err := applied(text)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,6 +171,24 @@ func apply(t testing.TB, text string) result {
 		}
 	})
 	return r
+}
+
+func applied(text string) (r result, err error) {
+	err = admitted(func() (err error) {
+		r, err = kubectl(text, "apply", "-f", "-")
+		return err
+	})
+	return r, err
+}
+
+// admitted asks again while a webhook gives no answer, as where its one server has just
+// become ready: what tests want to know is the answer.
+func admitted(ask func() error) error {
+	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		if err := ask(); err == nil || !strings.Contains(err.Error(), "failed calling webhook") || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 // refused is kubectl's refusal of a user's YAML.

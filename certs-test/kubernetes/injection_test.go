@@ -2,7 +2,9 @@ package kubernetes_test
 
 import (
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -48,7 +50,7 @@ func TestWhoIsInjected(t *testing.T) {
 				t.Fatal(err)
 			}
 			var made podObject
-			if err := api.post("/api/v1/namespaces/"+ns+"/pods?dryRun=All", p.object(ns), &made); err != nil {
+			if err := dryRun(ns, p, &made); err != nil {
 				t.Fatal(err)
 			}
 			if got := made.containers(); (len(got) == 3) != c.want || len(got) != 1 && len(got) != 3 {
@@ -79,7 +81,7 @@ func TestLabelComesAndGoes(t *testing.T) {
 		t.Helper()
 		eventually(t, fmt.Sprintf("new pods have %d containers", want), func() error {
 			var made podObject
-			if err := api.post("/api/v1/namespaces/"+ns+"/pods?dryRun=All", pod{Name: "new", Account: "before"}.object(ns), &made); err != nil {
+			if err := dryRun(ns, pod{Name: "new", Account: "before"}, &made); err != nil {
 				return err
 			}
 			if got := made.containers(); len(got) != want {
@@ -99,6 +101,11 @@ func TestLabelComesAndGoes(t *testing.T) {
 	if got := containers(t, ns, "during"); len(got) != 3 {
 		t.Errorf("the pod of meanwhile has %q", got)
 	}
+}
+
+// dryRun asks what would become of a pod.
+func dryRun(ns string, p pod, made any) error {
+	return admitted(func() error { return api.post("/api/v1/namespaces/"+ns+"/pods?dryRun=All", p.object(ns), made) })
 }
 
 type podObject struct {
@@ -142,7 +149,7 @@ func TestProxysUIDIsRefused(t *testing.T) {
 		"pod":       func(spec object) { spec["securityContext"] = object{"runAsUser": 1337} },
 		"container": func(spec object) { spec["containers"].([]object)[0]["securityContext"] = object{"runAsUser": 1337} },
 	} {
-		err := api.post("/api/v1/namespaces/"+ns+"/pods?dryRun=All", pod{Name: "app", Change: change}.object(ns), nil)
+		err := dryRun(ns, pod{Name: "app", Change: change}, nil)
 		if err == nil || !strings.Contains(err.Error(), "1337") {
 			t.Errorf("%s: got %v, want a refusal that names the uid", name, err)
 		}
@@ -167,16 +174,10 @@ func TestProbesUnderStrict(t *testing.T) {
 	for name, probe := range probes {
 		p := pod{Name: name, Change: func(spec object) {
 			c := spec["containers"].([]object)[0]
-			with := func(more object) object {
-				for k, v := range probe {
-					more[k] = v
+			for _, kind := range []string{"readinessProbe", "livenessProbe", "startupProbe"} {
+				if name != "sick" || kind == "readinessProbe" {
+					c[kind] = patiently(maps.Clone(probe))
 				}
-				return more
-			}
-			c["readinessProbe"] = with(object{"periodSeconds": 1})
-			if name != "sick" {
-				c["livenessProbe"] = with(object{"periodSeconds": 1, "failureThreshold": 1})
-				c["startupProbe"] = with(object{"periodSeconds": 1, "failureThreshold": 30})
 			}
 		}}
 		if name != "sick" {
@@ -185,7 +186,15 @@ func TestProbesUnderStrict(t *testing.T) {
 			create(t, ns, p)
 		}
 	}
-	deploy(t, ns, pods...)
+	// Ready and started they are by two of the probes; of the third the kubelet tells.
+	for _, a := range deploy(t, ns, pods...) {
+		eventually(t, a.Name+" is probed for being alive", func() error {
+			if n, err := probed(a, "Liveness", "successful"); err != nil || n < 3 {
+				return fmt.Errorf("%v times, %w", n, err)
+			}
+			return nil
+		})
+	}
 	// The proxy tells the kubelet what the application says, not what it likes to hear.
 	eventually(t, "the probe of the sick pod fails", func() error {
 		var list struct {
@@ -210,6 +219,26 @@ func TestProbesUnderStrict(t *testing.T) {
 	}
 }
 
+// probed is how often the kubelet had this result of a pod's probes.
+func probed(a *app, kind, result string) (times float64, err error) {
+	var text string
+	if err := api.get("/api/v1/nodes/"+a.Node+"/proxy/metrics/probes", &text); err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "prober_probe_total{") || !strings.Contains(line, `container="app"`) ||
+			!strings.Contains(line, `pod_uid="`+a.UID+`"`) || !strings.Contains(line, `probe_type="`+kind+`"`) || !strings.Contains(line, `result="`+result+`"`) {
+			continue
+		}
+		n, err := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndex(line, " "):]), 64)
+		if err != nil {
+			return 0, err
+		}
+		times += n
+	}
+	return times, nil
+}
+
 // Promise: ports that annotations exclude are left alone, in both directions.
 func TestExcludedPorts(t *testing.T) {
 	t.Parallel()
@@ -230,10 +259,10 @@ func TestExcludedPorts(t *testing.T) {
 	if _, ok := r.Seen.Header["X-Forwarded-Client-Cert"]; ok {
 		t.Error("a proxy stood between")
 	}
-	from.plain.fails(t, control.Call{Kind: "http", URL: apps["callee"].url(control.HTTP, "/"), Timeout: 3000})
+	from.plain.fails(t, control.Call{Kind: "http", URL: apps["callee"].url(control.HTTP, "/")}, severed...)
 	// Outbound: not the proxy's to refuse, though what is there is outside the mesh.
 	apps["caller"].reaches(t, from.plain.url(control.Excluded, "/"))
-	apps["caller"].fails(t, control.Call{Kind: "http", URL: from.plain.url(control.HTTP, "/"), Timeout: 3000})
+	apps["caller"].fails(t, control.Call{Kind: "http", URL: from.plain.url(control.HTTP, "/")})
 	apps["ranges"].reaches(t, from.plain.url(control.HTTP, "/"))
 }
 

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -104,13 +105,17 @@ func (a *app) token(t testing.TB) string {
 // agentOf is the agent's pod on a node.
 func agentOf(t testing.TB, node string) *app {
 	t.Helper()
-	for _, p := range agents(t) {
-		if p.Spec.NodeName == node && p.Metadata.DeletionTimestamp == nil {
-			return p.app("castellan-system")
+	var found *app
+	eventually(t, "an agent on "+node, func() error {
+		for _, p := range agents(t) {
+			if p.Spec.NodeName == node && p.Metadata.DeletionTimestamp == nil {
+				found = p.app("castellan-system")
+				return nil
+			}
 		}
-	}
-	t.Fatalf("no agent on %s", node)
-	return nil
+		return errors.New("there is none")
+	})
+	return found
 }
 
 func agents(t testing.TB) []podStatus {
@@ -198,11 +203,29 @@ func issues(t *testing.T, conn *grpc.ClientConn, r request) *tls.Certificate {
 // refuses fails the test unless the answer is a refusal, not a failure.
 func refuses(t *testing.T, what string, err error) {
 	t.Helper()
-	switch status.Code(err) {
-	case codes.Unauthenticated, codes.PermissionDenied, codes.InvalidArgument:
-	default:
+	if !isRefusal(err) {
 		t.Errorf("%s: got %v, want a refusal", what, err)
 	}
+}
+
+func isRefusal(err error) bool {
+	return slices.Contains([]codes.Code{codes.Unauthenticated, codes.PermissionDenied, codes.InvalidArgument}, status.Code(err))
+}
+
+// neverIssues asks until it is refused; a failure is neither, and a certificate is one
+// too many.
+func neverIssues(t *testing.T, conn *grpc.ClientConn, what string, r request) {
+	t.Helper()
+	eventually(t, what+" is refused", func() error {
+		_, err := issue(t, conn, r)
+		if err == nil {
+			t.Fatalf("%s: a certificate", what)
+		}
+		if !isRefusal(err) {
+			return err
+		}
+		return nil
+	})
 }
 
 // Promises: a pod's token gives its own identity and no other; one that is stolen to
@@ -239,8 +262,7 @@ func verdicts(t *testing.T) {
 		"bound to no pod":                 {token: podToken(t, "callers", "web", "", "", "castellan.dev"), agentToken: here},
 		"whose signature is changed":      {token: own.token[:len(own.token)-8] + "AAAAAAAA", agentToken: here},
 	} {
-		_, err := issue(t, conn, r)
-		refuses(t, "a token "+what, err)
+		neverIssues(t, conn, "a token "+what, r)
 	}
 }
 
@@ -269,8 +291,7 @@ func deletedPod(t *testing.T, ns string) {
 	})
 	// Another pod of the same name is another pod.
 	again := one(t, ns, pod{Name: "gone", Node: "node-2"})
-	_, err := issue(t, conn, r)
-	refuses(t, "the token of the pod before", err)
+	neverIssues(t, conn, "the token of the pod before", r)
 	r.token = again.token(t)
 	issues(t, conn, r)
 }

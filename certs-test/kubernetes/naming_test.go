@@ -33,14 +33,13 @@ func TestSecureNaming(t *testing.T) {
 	apps := deploy(t, ns, pod{Name: "pay", Node: "node-1"}, pod{Name: "thief", Node: "node-2"})
 	call := func(service string) []control.Call {
 		return []control.Call{
-			{Kind: "http", URL: "http://" + service + "." + ns + "/", Timeout: 3000},
-			{Kind: "grpc", URL: service + "." + ns + ":9090", Timeout: 3000},
-			{Kind: "tcp", URL: service + "." + ns + ":9000", Body: "x", Timeout: 3000},
+			{Kind: "http", URL: "http://" + service + "." + ns + "/"},
+			{Kind: "grpc", URL: service + "." + ns + ":9090"},
+			{Kind: "tcp", URL: service + "." + ns + ":9000", Body: "x"},
 		}
 	}
 	none := func(spec object) { spec["selector"] = object{"app": "nobody"} }
 	without := func(spec object) { delete(spec, "selector") }
-	service(t, ns, "thief")
 	service(t, ns, "pay")               // selects pay
 	service(t, ns, "empty", none)       // selects nobody
 	service(t, ns, "declared", without) // says who may answer
@@ -57,7 +56,9 @@ func TestSecureNaming(t *testing.T) {
 	for _, s := range []string{"empty", "declared", "pay"} {
 		slice(t, ns, s, s+"-by-hand", apps["thief"])
 	}
-	// The pod is there and answers as itself.
+	// The pod answers as itself; and whoever knows the service that was made last knows
+	// all that was written before it.
+	service(t, ns, "thief")
 	calledBy(t, from.web.reaches(t, "http://thief."+ns+"/"), from.web)
 	for _, c := range call("empty") {
 		from.web.fails(t, c)

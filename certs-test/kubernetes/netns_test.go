@@ -51,5 +51,6 @@ func fromNode(name string) *http.Client {
 	if err != nil {
 		panic(err)
 	}
-	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: dialFrom(node), MaxIdleConnsPerHost: 16}}
+	// A connection is not kept: pods go, and others get their addresses.
+	return &http.Client{Timeout: 90 * time.Second, Transport: &http.Transport{DialContext: dialFrom(node), DisableKeepAlives: true}}
 }

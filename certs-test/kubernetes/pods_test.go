@@ -1,12 +1,8 @@
 package kubernetes_test
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -39,6 +35,11 @@ type app struct {
 	IP, IP6                             string
 }
 
+// id is the SPIFFE ID that the pod must have.
+func (a *app) id() string {
+	return "spiffe://cluster.local/ns/" + a.Namespace + "/sa/" + a.Account
+}
+
 // controller reaches control ports: from the first node all pods are reached.
 var controller = sync.OnceValue(func() *http.Client { return fromNode("node-1") })
 
@@ -63,7 +64,8 @@ func (p pod) object(ns string) object {
 			{"name": "tcp", "containerPort": control.TCP},
 			{"name": "tcp-greeting", "containerPort": control.Greeting},
 		},
-		"readinessProbe": object{"httpGet": object{"path": "/alive", "port": control.Control}, "periodSeconds": 1},
+		// A machine that is slow for a moment has no pods that are not ready.
+		"readinessProbe": patiently(object{"httpGet": object{"path": "/alive", "port": control.Control}}),
 	}
 	spec := object{
 		"serviceAccountName":            p.account(),
@@ -93,6 +95,13 @@ func (p pod) object(ns string) object {
 	}
 }
 
+// patiently is a probe that is made each second, and waits longer for an answer than any
+// machine takes.
+func patiently(probe object) object {
+	probe["periodSeconds"], probe["timeoutSeconds"], probe["failureThreshold"] = 1, 10, 6
+	return probe
+}
+
 func (p pod) account() string {
 	if p.Account == "" {
 		return p.Name
@@ -120,12 +129,16 @@ func create(t testing.TB, ns string, pods ...pod) {
 	var all sync.WaitGroup
 	errs := make([]error, len(pods))
 	for i, p := range pods {
-		all.Go(func() { errs[i] = api.post("/api/v1/namespaces/"+ns+"/pods", p.object(ns), nil) })
+		all.Go(func() { errs[i] = createPod(ns, p) })
 	}
 	all.Wait()
 	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func createPod(ns string, p pod) error {
+	return admitted(func() error { return api.post("/api/v1/namespaces/"+ns+"/pods", p.object(ns), nil) })
 }
 
 // deploy makes pods and waits until they are ready.
@@ -202,7 +215,8 @@ func (p *podStatus) app(ns string) *app {
 func awaitPod(t testing.TB, ns, name string) *app {
 	t.Helper()
 	var status podStatus
-	eventually(t, ns+"/"+name+" becomes ready", func() error {
+	// Many begin at once.
+	within(t, 3*patience, ns+"/"+name+" becomes ready", func() error {
 		status = podStatus{}
 		if err := api.get("/api/v1/namespaces/"+ns+"/pods/"+name, &status); err != nil {
 			return err
@@ -252,126 +266,6 @@ func service(t testing.TB, ns, name string, change ...func(spec object)) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// ask speaks to the application's control port.
-func (a *app) ask(method, path string, in, out any) error {
-	body, err := json.Marshal(in)
-	if err != nil {
-		return err
-	}
-	req, err := http.NewRequest(method, "http://"+net.JoinHostPort(a.IP, fmt.Sprint(control.Control))+path, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	resp, err := controller().Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	data, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s of %s: %w", path, a.Name, &statusError{resp.StatusCode, string(data)})
-	}
-	return json.Unmarshal(data, out)
-}
-
-// call lets the application make a call.
-func (a *app) call(c control.Call) (r control.Result, err error) {
-	return r, a.ask("POST", "/call", c, &r)
-}
-
-// get is an HTTP request over a connection of its own.
-func (a *app) get(url string, header ...string) (control.Result, error) {
-	c := control.Call{Kind: "http", URL: url, Fresh: true, Header: map[string]string{}}
-	for i := 0; i+1 < len(header); i += 2 {
-		c.Header[header[i]] = header[i+1]
-	}
-	return a.call(c)
-}
-
-// reaches asks until the answer is 200, and returns it.
-func (a *app) reaches(t testing.TB, url string, header ...string) control.Result {
-	t.Helper()
-	return a.answers(t, http.StatusOK, url, header...)
-}
-
-// answers asks until the answer has the status.
-func (a *app) answers(t testing.TB, want int, url string, header ...string) (r control.Result) {
-	t.Helper()
-	eventually(t, fmt.Sprintf("%s -> %s is %d", a.Name, url, want), func() (err error) {
-		if r, err = a.get(url, header...); err != nil {
-			return err
-		}
-		if r.Status != want {
-			return fmt.Errorf("%+v", r)
-		}
-		return nil
-	})
-	return r
-}
-
-// fails makes a call until it fails twice in a row, in the same way, and the application
-// has not been reached: without an answer, or with one of a proxy. Once may be chance.
-func (a *app) fails(t *testing.T, c control.Call) (r control.Result) {
-	t.Helper()
-	c.Fresh = true
-	last := -1
-	eventually(t, fmt.Sprintf("%s cannot call %s %s", a.Name, c.Kind, c.URL), func() (err error) {
-		if r, err = a.call(c); err != nil {
-			return err
-		}
-		if r.Error == "" && r.Status < 400 || r.Seen != nil {
-			last = -1
-			return fmt.Errorf("%+v", r)
-		}
-		if last != r.Status {
-			last = r.Status
-			return fmt.Errorf("failed once: %+v", r)
-		}
-		return nil
-	})
-	return r
-}
-
-// id is the SPIFFE ID that the pod must have.
-func (a *app) id() string {
-	return "spiffe://cluster.local/ns/" + a.Namespace + "/sa/" + a.Account
-}
-
-// url of the application by its pod's address.
-func (a *app) url(port int, path string) string {
-	return "http://" + a.addr(port) + path
-}
-
-func (a *app) addr(port int) string { return net.JoinHostPort(a.IP, fmt.Sprint(port)) }
-
-// calledBy fails the test unless the application saw the caller, proved by mutual TLS.
-func calledBy(t *testing.T, r control.Result, caller *app) {
-	t.Helper()
-	if r.Seen == nil {
-		t.Fatalf("no answer of the application: %+v", r)
-	}
-	var xfcc []string
-	for name, values := range r.Seen.Header { // gRPC's are in lower case
-		if strings.EqualFold(name, "x-forwarded-client-cert") {
-			xfcc = values
-		}
-	}
-	if len(xfcc) != 1 || !strings.Contains(xfcc[0], "URI="+caller.id()) {
-		t.Errorf("the application saw the caller %q, want %s", xfcc, caller.id())
-	}
-}
-
-// outcome is an error unless the call was answered with success.
-func outcome(r control.Result) error {
-	if r.Error != "" || r.Status >= 400 {
-		return fmt.Errorf("%+v", r)
-	}
-	return nil
 }
 
 // containers are the names of a pod's containers, the init containers first.

@@ -76,8 +76,7 @@ func ensurePods(t testing.TB, ns string, pods ...pod) {
 		if err := account(ns, p.account()); err != nil {
 			t.Fatal(err)
 		}
-		err := api.post("/api/v1/namespaces/"+ns+"/pods", p.object(ns), nil)
-		if err != nil && !isStatus(err, http.StatusConflict) {
+		if err := createPod(ns, p); err != nil && !isStatus(err, http.StatusConflict) {
 			t.Fatal(err)
 		}
 	}

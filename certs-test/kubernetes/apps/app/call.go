@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -108,6 +109,8 @@ func (c *caller) dispatch(ctx context.Context, call control.Call, r *control.Res
 		return callTCP(ctx, call, "", r)
 	case "greeting":
 		return callTCP(ctx, call, control.Greeted, r)
+	case "nobody":
+		return callNobody(ctx, call)
 	case "stream":
 		return c.live.say(ctx, call)
 	}
@@ -293,4 +296,21 @@ func callTCP(ctx context.Context, call control.Call, greeting string, r *control
 		return fmt.Errorf("%q came back as %q", call.Body, r.Body)
 	}
 	return nil
+}
+
+// callNobody wants TLS of whoever is there, without a certificate of its own, and hears
+// what becomes of it. It says nothing: a server that ends the connection with something
+// unread resets it, and its reason is lost.
+func callNobody(ctx context.Context, call control.Call) error {
+	d := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} //nolint:gosec // it is the other who is to refuse
+	conn, err := d.DialContext(ctx, "tcp", call.URL)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = conn.SetDeadline(deadline)
+	}
+	_, err = conn.Read(make([]byte, 1))
+	return err
 }

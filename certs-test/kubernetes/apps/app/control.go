@@ -22,6 +22,9 @@ type load struct {
 	report control.Report
 }
 
+// loadTimeout is how long a call of a load may take.
+const loadTimeout = 30 * time.Second
+
 // maxFailures bounds what a report tells of failures.
 const maxFailures = 10
 
@@ -93,20 +96,21 @@ func (c *caller) start(l control.Load) string {
 	id := fmt.Sprint(c.next)
 	c.loads[id] = running
 	c.mu.Unlock()
-	for range max(l.Workers, 1) {
-		running.all.Go(func() {
-			ticks := time.NewTicker(max(l.Every, time.Millisecond))
-			defer ticks.Stop()
-			for ctx.Err() == nil {
-				// A call that was begun is finished: being stopped is no failure.
-				running.count(running.own.call(context.Background(), l.Call))
-				select {
-				case <-ctx.Done():
-				case <-ticks.C:
-				}
-			}
-		})
+	if l.Call.Timeout == 0 {
+		l.Call.Timeout = int(loadTimeout / time.Millisecond)
 	}
+	running.all.Go(func() {
+		ticks := time.NewTicker(max(l.Every, time.Millisecond))
+		defer ticks.Stop()
+		for ctx.Err() == nil {
+			// A call that was begun is finished: being stopped is no failure.
+			running.count(running.own.call(context.Background(), l.Call))
+			select {
+			case <-ctx.Done():
+			case <-ticks.C:
+			}
+		}
+	})
 	return id
 }
 

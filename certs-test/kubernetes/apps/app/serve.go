@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/net/websocket"
 	"google.golang.org/grpc"
@@ -17,28 +16,17 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/interop/grpc_testing"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 
 	"castellan.dev/certs-test/kubernetes/apps/control"
 )
 
-// answers says what it was asked. /status/NUMBER answers with that status, /slow after
-// a second, /ws is a WebSocket that echoes.
+// answers says what it was asked. /status/NUMBER answers with that status, /ws is a
+// WebSocket that echoes.
 func answers(pod string) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/ws", websocket.Server{Handler: func(ws *websocket.Conn) { _, _ = io.Copy(ws, ws) }})
-	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case <-time.After(time.Second):
-		case <-r.Context().Done():
-		}
-		_, _ = io.WriteString(w, "slow")
-	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		seen := control.Seen{
-			Pod: pod, Proto: r.Proto, Method: r.Method, Path: r.URL.RequestURI(), Host: r.Host,
-			Header: r.Header, Remote: r.RemoteAddr,
-		}
+		seen := control.Seen{Pod: pod, Header: r.Header}
 		if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 && len(r.TLS.PeerCertificates[0].URIs) > 0 {
 			seen.Peer = r.TLS.PeerCertificates[0].URIs[0].String()
 		}
@@ -87,18 +75,13 @@ func (a *grpcApp) UnaryCall(ctx context.Context, r *grpc_testing.SimpleRequest) 
 
 func (a *grpcApp) seen(ctx context.Context) control.Seen {
 	md, _ := metadata.FromIncomingContext(ctx)
-	method, _ := grpc.Method(ctx)
 	header := http.Header{}
 	for k, v := range md {
 		for _, one := range v {
 			header.Add(k, one)
 		}
 	}
-	s := control.Seen{Pod: a.pod, Proto: "gRPC", Path: method, Header: header}
-	if p, ok := peer.FromContext(ctx); ok {
-		s.Remote = p.Addr.String()
-	}
-	return s
+	return control.Seen{Pod: a.pod, Header: header}
 }
 
 // FullDuplexCall answers each message with one of the same content.

@@ -22,8 +22,9 @@ const Greeted = "220 ready\r\n"
 
 // Call is one request for the application to make.
 type Call struct {
-	// Kind is "http", "h2c", "grpc", "websocket", "tcp", "greeting", "spiffe" or
-	// "stream", which is one TCP connection for all calls of a load.
+	// Kind is "http", "h2c", "grpc", "websocket", "tcp", "greeting", "spiffe",
+	// "nobody", which is TLS without a certificate of one's own and with trust in any,
+	// or "stream", which is one TCP connection for all calls of a load.
 	Kind string `json:"kind"`
 	// URL of http, h2c and websocket; HOST:PORT of the others.
 	URL    string            `json:"url"`
@@ -34,7 +35,8 @@ type Call struct {
 	Fresh bool `json:"fresh,omitempty"`
 	// Expect is the SPIFFE ID that a spiffe call wants of its peer.
 	Expect string `json:"expect,omitempty"`
-	// Timeout of all of it, in milliseconds; default 10 s.
+	// Timeout of all of it, in milliseconds; default 10 s, and 30 s in a load, which is
+	// about failures and not about a machine that is slow for a moment.
 	Timeout int `json:"timeout,omitempty"`
 }
 
@@ -57,12 +59,7 @@ type Result struct {
 // Seen is what an application got, as it answers itself.
 type Seen struct {
 	Pod    string              `json:"pod"`
-	Proto  string              `json:"proto,omitempty"`
-	Method string              `json:"method,omitempty"`
-	Path   string              `json:"path,omitempty"`
-	Host   string              `json:"host,omitempty"`
 	Header map[string][]string `json:"header,omitempty"`
-	Remote string              `json:"remote,omitempty"`
 	// Peer is the SPIFFE ID of the caller where the application itself does TLS.
 	Peer string `json:"peer,omitempty"`
 }
@@ -72,8 +69,6 @@ type Load struct {
 	Call Call `json:"call"`
 	// Every is the time between two calls.
 	Every time.Duration `json:"every"`
-	// Workers call at the same time; default 1.
-	Workers int `json:"workers,omitempty"`
 }
 
 // Report is how a load went so far.
