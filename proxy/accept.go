@@ -23,13 +23,13 @@ type acceptor struct {
 	listener net.Listener
 	limits   *limits
 	// secure owns the connection: it settles the transport and returns what then
-	// serves it, or closes it and returns nil. The two run in goroutines of their
+	// serves it, in its place, or closes it and returns nil. The two run in goroutines of their
 	// own, so that the stack a handshake has grown is not kept while a connection
 	// idles.
 	secure secureFunc
 }
 
-type secureFunc func(ctx context.Context, conn net.Conn, source netip.AddrPort) (serve func())
+type secureFunc func(ctx context.Context, conn net.Conn, source netip.AddrPort) (serve func(*place))
 
 // run accepts until ctx ends. An accept error (no descriptors left) is waited
 // out, longer each time, since the listener itself is still good.
@@ -66,9 +66,9 @@ func (a *acceptor) admit(conn net.Conn, serving *sync.WaitGroup) {
 		conn.Close()
 		return
 	}
-	if dropped != nil {
-		a.p.metrics.closed.WithLabelValues(a.side.String(), closedStranger).Inc()
-		dropped.Close()
+	for _, d := range dropped {
+		a.p.metrics.closed.WithLabelValues(a.side.String(), closedCrowded).Inc()
+		_ = d.Close() // it is lost anyway
 	}
 	a.p.metrics.open[a.side].Inc()
 	release := func() {
@@ -76,7 +76,7 @@ func (a *acceptor) admit(conn net.Conn, serving *sync.WaitGroup) {
 		held.release()
 	}
 	serving.Go(func() {
-		var serve func()
+		var serve func(*place)
 		a.p.guard(a.side, conn, func() { serve = a.secure(a.p.serving, conn, source) })
 		if serve == nil {
 			release()
@@ -85,7 +85,7 @@ func (a *acceptor) admit(conn net.Conn, serving *sync.WaitGroup) {
 		held.settle()
 		serving.Go(func() {
 			defer release()
-			a.p.guard(a.side, conn, serve)
+			a.p.guard(a.side, conn, func() { serve(held) })
 		})
 	})
 }

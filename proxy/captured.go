@@ -166,7 +166,7 @@ func (p *Proxy) capturedOutbound(dst netip.AddrPort) (*outbound, string) {
 	return out, ""
 }
 
-func (p *Proxy) secureCapturedInbound(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
+func (p *Proxy) secureCapturedInbound(ctx context.Context, conn net.Conn, source netip.AddrPort) func(*place) {
 	dst, err := original.Destination(conn)
 	if err != nil {
 		p.refuse(inboundSide, refusedOriginal, source, err)
@@ -182,7 +182,7 @@ func (p *Proxy) secureCapturedInbound(ctx context.Context, conn net.Conn, source
 	return in.secure(ctx, conn, source)
 }
 
-func (p *Proxy) secureCapturedOutbound(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
+func (p *Proxy) secureCapturedOutbound(ctx context.Context, conn net.Conn, source netip.AddrPort) func(*place) {
 	dst, err := original.Destination(conn)
 	if err != nil {
 		p.refuse(outboundSide, refusedOriginal, source, err)
@@ -195,5 +195,5 @@ func (p *Proxy) secureCapturedOutbound(ctx context.Context, conn net.Conn, sourc
 		conn.Close()
 		return nil
 	}
-	return func() { out.serve(ctx, conn, source) }
+	return out.serving(ctx, conn, source)
 }

@@ -48,14 +48,14 @@ type accepted struct {
 }
 
 // secure settles transport as the mode of the port says.
-func (in *inbound) secure(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
+func (in *inbound) secure(ctx context.Context, conn net.Conn, source netip.AddrPort) func(*place) {
 	a, reason, err := in.transport(ctx, conn, source)
 	if err != nil {
 		in.p.refuse(inboundSide, reason, source, err)
 		conn.Close()
 		return nil
 	}
-	return func() { in.serve(ctx, a, source) }
+	return func(held *place) { in.serve(ctx, a, source, held) }
 }
 
 func (in *inbound) transport(ctx context.Context, conn net.Conn, source netip.AddrPort) (*accepted, string, error) {
@@ -134,7 +134,7 @@ func (in *inbound) subject(conn net.Conn, source netip.AddrPort, sni string) aut
 }
 
 // serve registers the connection, tells its protocol and hands it on.
-func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort) {
+func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort, held *place) {
 	l := &live{side: inboundSide, port: in.port, chain: a.chain, opaque: a.opaque, subject: in.subject(a.conn, source, a.sni)}
 	if len(a.chain) > 0 {
 		// The handshake judged the peer; this says who it is.
@@ -145,7 +145,9 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 			return
 		}
 		l.peer, l.subject.ID = peer, peer.ID
+		held.prove()
 	}
+	held.idles(func() bool { return true }) // until something is said
 	speaks, unsaid, err := in.tell(a, l)
 	if err != nil {
 		reason := refusedTimeout
@@ -157,21 +159,22 @@ func (in *inbound) serve(ctx context.Context, a *accepted, source netip.AddrPort
 		return
 	}
 	if speaks == speaksTCP {
+		held.idles(nil)
 		switch speaks = in.serveTCP(ctx, a.conn, l, source, unsaid); speaks {
 		case speaksTCP:
 			return
 		case speaksTLS:
-			in.serveTLS(ctx, a, source)
+			in.serveTLS(ctx, a, source, held)
 			return
 		}
 		l = l.anew()
 	}
 	in.count(speaks, l)
-	in.serveHTTP(ctx, a.conn, l, speaks == speaksHTTP2, source)
+	in.serveHTTP(ctx, a.conn, l, speaks == speaksHTTP2, source, held)
 }
 
 // serveTLS goes on with a peer that has said nothing until now, and then hello.
-func (in *inbound) serveTLS(ctx context.Context, a *accepted, source netip.AddrPort) {
+func (in *inbound) serveTLS(ctx context.Context, a *accepted, source netip.AddrPort, held *place) {
 	first, ok := a.conn.(*prefixConn)
 	if !ok {
 		a.conn.Close()
@@ -184,7 +187,7 @@ func (in *inbound) serveTLS(ctx context.Context, a *accepted, source netip.AddrP
 		a.conn.Close()
 		return
 	}
-	in.serve(ctx, secured, source)
+	in.serve(ctx, secured, source, held)
 }
 
 func (in *inbound) count(speaks protocol, l *live) {
@@ -283,11 +286,12 @@ func (p *Proxy) tellByBytes(conn *net.Conn, declared protocol, wait time.Duratio
 
 // serveHTTP registers before any request is judged, so that each is judged by
 // the state of its moment and none is missed by a change.
-func (in *inbound) serveHTTP(ctx context.Context, conn net.Conn, l *live, h2 bool, source netip.AddrPort) {
+func (in *inbound) serveHTTP(ctx context.Context, conn net.Conn, l *live, h2 bool, source netip.AddrPort, held *place) {
 	s := newInboundSession(in, l, source)
 	l.requests = s.rejudge
 	served := in.p.inboundEngine.NewConn(conn, h2, s)
 	l.closeNow, l.gracefully = served.CloseNow, served.CloseGracefully
+	held.idles(func() bool { _, idle := served.IdleSince(); return idle })
 	in.p.watch(l, func() { served.Serve(ctx) })
 }
 

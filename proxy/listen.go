@@ -37,8 +37,8 @@ func (p *Proxy) Listen() (err error) {
 			return fmt.Errorf("proxy: outbound listener for %s: %w", c.Service, err)
 		}
 		out := &outbound{p: p, service: c.Service, port: c.Port, name: c.Service}
-		p.serveOn(l, outboundSide, func(ctx context.Context, conn net.Conn, source netip.AddrPort) func() {
-			return func() { out.serve(ctx, conn, source) }
+		p.serveOn(l, outboundSide, func(ctx context.Context, conn net.Conn, source netip.AddrPort) func(*place) {
+			return out.serving(ctx, conn, source)
 		})
 	}
 	return p.listenCaptured()

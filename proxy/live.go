@@ -23,7 +23,7 @@ const (
 	closedIdle      = "idle"
 	closedDrain     = "drain"
 	closedOutbound  = "outbound_policy"
-	closedStranger  = "unproved_oldest"
+	closedCrowded   = "crowded_out"
 )
 
 // live is one open connection that has to be judged again when what it was

@@ -51,6 +51,14 @@ func (out *outbound) wants(st *state) wanted {
 	return w
 }
 
+// serving serves in a place that nobody is driven out of: all are the pod's own.
+func (out *outbound) serving(ctx context.Context, conn net.Conn, source netip.AddrPort) func(*place) {
+	return func(held *place) {
+		held.prove()
+		out.serve(ctx, conn, source)
+	}
+}
+
 // serve tells what the application speaks and hands the connection on.
 func (out *outbound) serve(ctx context.Context, conn net.Conn, source netip.AddrPort) {
 	p := out.p

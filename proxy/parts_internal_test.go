@@ -233,7 +233,7 @@ func TestAcceptBacksOff(t *testing.T) {
 	}
 	l := &flaky{Listener: inner, errors: 5}
 	served := make(chan struct{})
-	a := &acceptor{p: p, side: inboundSide, listener: l, limits: &p.limits, secure: func(_ context.Context, c net.Conn, _ netip.AddrPort) func() {
+	a := &acceptor{p: p, side: inboundSide, listener: l, limits: &p.limits, secure: func(_ context.Context, c net.Conn, _ netip.AddrPort) func(*place) {
 		c.Close()
 		close(served)
 		return nil

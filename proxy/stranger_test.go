@@ -96,6 +96,41 @@ func TestStrangersGiveWay(t *testing.T) {
 	}
 }
 
+// Pods outside the mesh that sit on all places of a port that takes plaintext lose some
+// to who comes, and keep those that they use.
+func TestIdleConnectionsGiveWay(t *testing.T) {
+	const places = 20
+	r, ca := mesh(t, mode("PERMISSIVE"), limit(func(l *config.ProxyLimits) {
+		l.MaxConnections, l.MaxPerSource = places, places/2
+	}))
+	var idle []net.Conn
+	for i := range places {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(2+i%2))}}
+		c, err := d.Dial("tcp", r.inbound)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "GET /denied-or-not HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 4<<10)); err != nil {
+			t.Fatal(err)
+		}
+		idle = append(idle, c)
+	}
+	first := dialTLS(t, r.inbound, ca.Leaf(t, frontend), "istio-http/1.1")
+	first.mustGet(200)
+	for range 3 {
+		dialTLS(t, r.inbound, ca.Leaf(t, payments), "istio-http/1.1").mustGet(200)
+	}
+	first.mustGet(200)
+	_ = idle[0].SetReadDeadline(time.Now().Add(patience))
+	if _, err := io.ReadAll(idle[0]); err != nil && timeout(err) {
+		t.Fatal("the oldest idle connection was kept")
+	}
+}
+
 func timeout(err error) bool {
 	n, ok := err.(net.Error) //nolint:errorlint // a plain read's own error
 	return ok && n.Timeout()

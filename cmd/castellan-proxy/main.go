@@ -55,6 +55,11 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	log := telemetry.NewLogger(stderr, cfg.Log)
+	memory, err := harden.Memory()
+	if err != nil {
+		log.Warn("serving without a limit of memory", "error", err)
+	}
+	cfg.Limits.Fit(memory)
 	access, closeAccess, err := accessLog(cfg.AccessLog, stdout)
 	if err != nil {
 		return err

@@ -21,6 +21,7 @@ import (
 	"castellan.dev/discovery"
 	"castellan.dev/identity"
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/harden"
 	"castellan.dev/internal/run"
 	"castellan.dev/internal/telemetry"
 	"castellan.dev/internal/workloads"
@@ -58,6 +59,9 @@ type program struct {
 func serve(ctx context.Context, cfg *config.Server, stderr io.Writer) (err error) {
 	p := &program{cfg: cfg, log: telemetry.NewLogger(stderr, cfg.Log), registry: telemetry.NewRegistry()}
 	defer func() { err = errors.Join(err, p.close()) }()
+	if _, err := harden.Memory(); err != nil {
+		p.log.Warn("serving without a limit of memory", "error", err)
+	}
 	if err := p.prepare(ctx); err != nil {
 		return err
 	}

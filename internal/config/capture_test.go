@@ -112,3 +112,23 @@ func TestRanges(t *testing.T) {
 		t.Errorf("%v %v %v", got, all, err)
 	}
 }
+
+// Connections are bounded by what the memory holds, and never above what was asked for.
+func TestFit(t *testing.T) {
+	for name, tt := range map[string]struct {
+		connections, perSource int
+		memory                 int64
+		wantAll, wantOne       int
+	}{
+		"no limit":        {8000, 2500, 0, 8000, 2500},
+		"of a sidecar":    {8000, 2500, 256 << 20, 4096, 1365},
+		"plenty":          {8000, 2500, 4 << 30, 8000, 2500},
+		"fewer asked for": {100, 100, 256 << 20, 100, 100},
+		"next to nothing": {8000, 2500, 64 << 10, 1, 1},
+	} {
+		l := config.ProxyLimits{MaxConnections: tt.connections, MaxPerSource: tt.perSource}
+		if l.Fit(tt.memory); l.MaxConnections != tt.wantAll || l.MaxPerSource != tt.wantOne {
+			t.Errorf("%s: %d and %d", name, l.MaxConnections, l.MaxPerSource)
+		}
+	}
+}

@@ -139,6 +139,19 @@ func (l *ProxyLimits) validate() error {
 	return nil
 }
 
+// perConnection is what an idle connection of mutual TLS and its buffers take, with as
+// much again for the collector.
+const perConnection = 64 << 10
+
+// Fit lowers the bounds on connections to what bytes of memory hold; 0 is any amount.
+// A proxy that is ended for want of memory serves nobody.
+func (l *ProxyLimits) Fit(bytes int64) {
+	if most := bytes / perConnection; most > 0 && int64(l.MaxConnections) > most {
+		l.MaxConnections = int(most)
+		l.MaxPerSource = min(l.MaxPerSource, max(l.MaxConnections/3, 1))
+	}
+}
+
 func (l *ProxyLimits) setDefaults() {
 	setDefault(&l.MaxHeaderBytes, 32<<10)
 	setDefault(&l.MaxConnections, 8000)
