@@ -45,6 +45,7 @@ type Agent struct {
 	own       *svid.Source
 	follower  *upstream.Follower
 	metrics   *metrics
+	room      *room
 	workloads []*static
 	mounts    *mounts     // nil off Kubernetes
 	driver    *csi.Driver // nil off Kubernetes
@@ -66,6 +67,7 @@ func New(cfg Config) (*Agent, error) {
 		cfg.Now = time.Now //nolint:forbidigo // the default clock
 	}
 	a := &Agent{cfg: cfg, metrics: newMetrics(cfg.Registerer), deadlines: defaultDeadlines()}
+	a.room = newRoom(a.metrics.refused)
 	for _, make := range []func() error{a.makeIdentities, a.makeWorkloads, a.makeDriver} {
 		if err := make(); err != nil {
 			return nil, fmt.Errorf("agent: %w", err)

@@ -14,19 +14,20 @@ import (
 	"google.golang.org/grpc/tap"
 )
 
-// Bounds of one socket: one pod's clients. Together they bound what a workload
-// can make the agent hold: (maxStreams + maxUnary) messages of maxMessage with a
-// window each, about 50 MiB, and nobody else's calls are touched by it.
+// Bounds of one pod, all its sockets together, and of one message. What they
+// amount to in bytes is bounded for all pods in room.go.
 const (
 	maxStreams     = 128 // open at once
 	maxUnary       = 32  // under way at once, those still arriving included
 	streamsPerConn = 64
 	// maxMessage holds Envoy's first request, which lists every extension it has.
 	maxMessage = 256 << 10
-	maxHeaders = 16 << 10
+	maxHeaders = 8 << 10
 	// window is what a client may send that nobody has read yet; gRPC would let it
-	// grow to 16 MiB.
+	// grow to 16 MiB. It is not less than gRPC's own, which would be taken instead.
 	window = 64 << 10
+	// writeBuffer is lent to a connection by gRPC while it is written to.
+	writeBuffer = 8 << 10
 
 	handshakeTimeout  = 10 * time.Second
 	drainTimeout      = 2 * time.Second
@@ -55,10 +56,15 @@ func (s *socket) options() []grpc.ServerOption {
 		grpc.StaticStreamWindowSize(window),
 		grpc.StaticConnWindowSize(4 * window),
 		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.ReadBufferSize(0), // see conn.opened
+		grpc.WriteBufferSize(writeBuffer),
+		grpc.Creds(newPlain()),
+		grpc.StatsHandler(reads{}),
 		grpc.InTapHandle(s.calls.admit),
 		grpc.WaitForHandlers(true), // what they use is taken away afterwards
 		grpc.ForceServerCodecV2(frugal{encoding.GetCodecV2(protocodec.Name)}),
 		grpc.ChainStreamInterceptor(s.stream),
+		grpc.ChainUnaryInterceptor(answer),
 		// Clients ping every 30 s and oftener; dead ones are found.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: clientIdlePing, Timeout: clientPingTimeout}),
@@ -69,15 +75,30 @@ func (s *socket) options() []grpc.ServerOption {
 type calls struct {
 	deadlines deadlines
 	refused   func(reason string)
-	// streaming holds the methods that are no unary ones; it is complete before
-	// the socket serves.
-	streaming map[string]bool
-
-	streams, unary atomic.Int64
+	tenant    *tenant
+	// methods are those of the server that are no unary ones; they are complete
+	// before the socket serves.
+	methods map[string]grpc.MethodInfo
 }
 
-func newCalls(d deadlines, refused func(string)) *calls {
-	return &calls{deadlines: d, refused: refused, streaming: map[string]bool{}}
+// places are what calls of a kind may be under way.
+type places struct {
+	limit int64
+	taken atomic.Int64
+}
+
+func (p *places) take() bool {
+	if p.taken.Add(1) > p.limit {
+		p.taken.Add(-1)
+		return false
+	}
+	return true
+}
+
+func (p *places) give() { p.taken.Add(-1) }
+
+func newCalls(d deadlines, t *tenant, refused func(string)) *calls {
+	return &calls{deadlines: d, tenant: t, refused: refused, methods: map[string]grpc.MethodInfo{}}
 }
 
 // learn notes which of the server's methods are streams.
@@ -85,7 +106,7 @@ func (c *calls) learn(services map[string]grpc.ServiceInfo) {
 	for name, info := range services {
 		for _, m := range info.Methods {
 			if m.IsClientStream || m.IsServerStream {
-				c.streaming["/"+name+"/"+m.Name] = true
+				c.methods["/"+name+"/"+m.Name] = m
 			}
 		}
 	}
@@ -96,18 +117,25 @@ func (c *calls) learn(services map[string]grpc.ServiceInfo) {
 // exceeds a limit is refused; what does not arrive in time is ended. A method
 // that is not known counts as a unary one.
 func (c *calls) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
-	streaming := c.streaming[info.FullMethodName]
-	count, limit := &c.unary, int64(maxUnary)
+	method, streaming := c.methods[info.FullMethodName]
+	of := &c.tenant.unary
 	if streaming {
-		count, limit = &c.streams, maxStreams
+		of = &c.tenant.streams
 	}
-	if count.Add(1) > limit {
-		count.Add(-1)
+	conn := connOf(ctx)
+	if conn == nil || !of.take() {
 		c.refused("calls")
-		return ctx, status.Error(codes.Unavailable, "too many calls at once on this socket, try again")
+		return ctx, status.Error(codes.Unavailable, "too many calls at once of this workload, try again")
 	}
+	begun := conn.begin(method.IsClientStream)
+	if begun == nil {
+		of.give()
+		c.refused("room")
+		return ctx, status.Error(codes.Unavailable, "no room for calls, try again")
+	}
+	ctx = context.WithValue(ctx, callKey{}, begun)
 	// gRPC ends ctx when the call ends, in whatever way, and so what is made of it.
-	leave := func() { count.Add(-1) }
+	leave := func() { of.give(); begun.end() }
 	if !streaming {
 		ctx, cancel := context.WithTimeout(ctx, c.deadlines.unary)
 		context.AfterFunc(ctx, func() { cancel(); leave() })
@@ -115,15 +143,15 @@ func (c *calls) admit(ctx context.Context, info *tap.Info) (context.Context, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	first := time.AfterFunc(c.deadlines.first, cancel)
+	begun.first = first
 	context.AfterFunc(ctx, func() { first.Stop(); cancel(); leave() })
-	return context.WithValue(ctx, arrivalKey{}, first), nil
+	return ctx, nil
 }
 
-type arrivalKey struct{}
+type callKey struct{}
 
-// arrived stops the clock that the call's first message runs against.
-func arrived(ctx context.Context) {
-	if first, ok := ctx.Value(arrivalKey{}).(*time.Timer); ok {
-		first.Stop()
-	}
+// callOf returns what was admitted.
+func callOf(ctx context.Context) *call {
+	b, _ := ctx.Value(callKey{}).(*call)
+	return b
 }

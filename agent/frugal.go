@@ -24,9 +24,23 @@ var errTooManyParts = errors.New("message has more parts than any client sends")
 // on the wire.
 type frugal struct{ encoding.CodecV2 }
 
+// Marshal implements encoding.CodecV2. gRPC's own takes a buffer of 1 MiB for what
+// is larger than 32 KiB, and holds it until the client has read.
+func (f frugal) Marshal(v any) (mem.BufferSlice, error) {
+	m, ok := v.(proto.Message)
+	if !ok {
+		return f.CodecV2.Marshal(v)
+	}
+	b, err := proto.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	return mem.BufferSlice{mem.SliceBuffer(b)}, nil
+}
+
 // Unmarshal implements encoding.CodecV2.
 func (f frugal) Unmarshal(data mem.BufferSlice, v any) error {
-	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
+	buf := data.MaterializeToBuffer(mem.NopBufferPool{})
 	defer buf.Free()
 	if m, ok := v.(proto.Message); ok {
 		budget := maxParts

@@ -21,7 +21,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "castellan_agent_refused_total",
-			Help: "Connections and calls turned away at the workloads' sockets, by reason: uid, limit, credentials, calls.",
+			Help: "Connections and calls turned away at the workloads' sockets, by reason: uid, limit, credentials, calls, room.",
 		}, []string{"reason"}),
 		streams: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "castellan_agent_streams", Help: "Open streams of workloads, by API.",
@@ -37,7 +37,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Buckets: []float64{.005, .01, .025, .05, .1, .2, .3, .5, 1, 2.5, 5, 10, 30},
 		}),
 	}
-	for _, reason := range []string{"uid", "limit", "credentials", "calls"} {
+	for _, reason := range []string{"uid", "limit", "credentials", "calls", "room"} {
 		m.refusals.WithLabelValues(reason)
 	}
 	for _, api := range []string{"workloadapi", "sds", "ads", "other"} {

@@ -46,6 +46,7 @@ type socket struct {
 // socketConfig is what a socket is made of.
 type socketConfig struct {
 	listener  net.Listener
+	tenant    *tenant
 	source    *svid.Source
 	jwts      workloadapi.JWTs
 	view      *upstream.View
@@ -58,9 +59,9 @@ type socketConfig struct {
 
 func newSocket(cfg socketConfig) (*socket, error) {
 	s := &socket{
-		listener: cfg.listener, source: cfg.source, health: health.NewServer(),
+		listener: counted{cfg.listener, cfg.tenant}, source: cfg.source, health: health.NewServer(),
 		metrics: cfg.metrics, log: cfg.log, now: cfg.now, stopped: make(chan struct{}),
-		calls: newCalls(cfg.deadlines, cfg.metrics.refused),
+		calls: newCalls(cfg.deadlines, cfg.tenant, cfg.metrics.refused),
 	}
 	s.stopping, s.stopNow = context.WithCancel(context.Background())
 	api, err := workloadapi.New(workloadapi.Config{

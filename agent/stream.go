@@ -26,7 +26,7 @@ func (s *socket) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	defer s.metrics.streams.WithLabelValues(service(info.FullMethod)).Dec()
 	stop := context.AfterFunc(s.stopping, cancel)
 	defer stop()
-	var observed grpc.ServerStream = &bounded{ServerStream: ss, ctx: ctx}
+	var observed grpc.ServerStream = &bounded{ServerStream: ss, ctx: ctx, call: callOf(ctx)}
 	if service(info.FullMethod) == "sds" {
 		observed = s.timed(observed)
 	}
@@ -51,19 +51,42 @@ func service(method string) string {
 	}
 }
 
+// bounded has the agent know what a stream makes it hold.
 type bounded struct {
 	grpc.ServerStream
-	ctx context.Context
+	ctx  context.Context
+	call *call
 }
 
 // Context ends with the stream or with the agent.
 func (b *bounded) Context() context.Context { return b.ctx }
 
-// RecvMsg notes that the client has spoken: the first message has a deadline.
+// RecvMsg notes that the client has spoken (the first message has a deadline) and
+// what is remembered of it.
 func (b *bounded) RecvMsg(m any) error {
 	err := b.ServerStream.RecvMsg(m)
-	arrived(b.ctx)
+	b.call.first.Stop()
+	if err == nil && !b.call.keep(m) {
+		return status.Error(codes.Unavailable, "no room for what is asked, try again")
+	}
 	return err
+}
+
+// SendMsg waits until there is room for what the client may leave unread.
+func (b *bounded) SendMsg(m any) error {
+	if err := b.call.send(b.ctx, m); err != nil {
+		return err
+	}
+	return b.ServerStream.SendMsg(m)
+}
+
+// answer waits until there is room for a unary call's answer.
+func answer(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	resp, err := handler(ctx, req)
+	if err == nil {
+		err = callOf(ctx).send(ctx, resp)
+	}
+	return resp, err
 }
 
 // timed measures how long a new certificate takes to be sent on an SDS stream: a

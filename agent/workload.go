@@ -16,6 +16,7 @@ import (
 // several sockets, which all serve the same.
 type workloadServer struct {
 	account  identity.Account
+	tenant   *tenant
 	source   *svid.Source
 	view     *upstream.View
 	reporter *upstream.Reporter
@@ -31,7 +32,7 @@ type workloadServer struct {
 func (a *Agent) newWorkload(id svid.Identity) *workloadServer {
 	source := a.rotator.Add(id)
 	return &workloadServer{
-		account: id.Account, source: source, view: a.follower.View(), reporter: a.follower.Reports.Workload(source),
+		account: id.Account, tenant: a.room.tenant(id.Account.Namespace()), source: source, view: a.follower.View(), reporter: a.follower.Reports.Workload(source),
 		jwts: a.rotator.JWTs(source, a.client), sockets: map[*socket]struct{}{},
 		log: a.cfg.Log.With("account", id.Account.String()),
 	}
@@ -40,7 +41,7 @@ func (a *Agent) newWorkload(id svid.Identity) *workloadServer {
 // open makes a socket that serves w on l, once it runs.
 func (a *Agent) open(w *workloadServer, l net.Listener) (*socket, error) {
 	s, err := newSocket(socketConfig{
-		listener: l, source: w.source, jwts: w.jwts, view: w.view, reporter: w.reporter,
+		listener: l, tenant: w.tenant, source: w.source, jwts: w.jwts, view: w.view, reporter: w.reporter,
 		metrics: a.metrics, log: w.log, now: a.cfg.Now, deadlines: a.deadlines,
 	})
 	if err != nil {

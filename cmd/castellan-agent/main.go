@@ -67,6 +67,7 @@ func load(command string, args []string, stderr io.Writer) (config.Agent, error)
 func serve(ctx context.Context, cfg config.Agent, stderr io.Writer) error {
 	log := telemetry.NewLogger(stderr, cfg.Log)
 	registry := telemetry.NewRegistry()
+	limitHeap()
 	a, err := agent.New(agent.Config{Agent: cfg, Log: log, Registerer: registry})
 	if err != nil {
 		return err
