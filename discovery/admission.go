@@ -31,6 +31,10 @@ type docStatus struct {
 	accepted, lastGood bool
 	// denies, for a refused document without a last good version, is whom it could select.
 	denies *scope
+	// hash is of the content of an accepted AuthorizationPolicy, and portSets are
+	// those of the workloads it selects.
+	hash     string
+	portSets []int
 }
 
 // admission is the outcome for all documents. It is immutable.

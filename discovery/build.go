@@ -36,6 +36,7 @@ type state struct {
 	workloads []*workload
 	byUID     map[string]*workload
 	services  xds.Snapshot
+	ports     portSets
 }
 
 // builder makes states. It remembers the last one's, so that a change costs what
@@ -52,10 +53,7 @@ type builder struct {
 	// bodies are of resources that were made, by version: workloads that differ in
 	// nothing but their names share one.
 	bodies map[string]xds.Resource
-	// warned is what there is to warn of documents, by content and ports of the last
-	// build, and warning of this one.
-	warned, warning map[string][]authz.Finding
-	ports           portSets // of this build
+	ports  portSets // of this build
 }
 
 // maxPolicyBytes bounds the policies of one workload: more would not fit into what
@@ -67,7 +65,7 @@ const maxPolicyBytes = 8 << 20
 const manyChanged = 32
 
 func newBuilder(mesh policy.Mesh, td spiffeid.TrustDomain) (*builder, error) {
-	b := &builder{mesh: mesh, trustDomain: td, warning: map[string][]authz.Finding{}, bodies: map[string]xds.Resource{}}
+	b := &builder{mesh: mesh, trustDomain: td, bodies: map[string]xds.Resource{}}
 	var err error
 	if b.meshJSON, err = json.Marshal(mesh); err != nil {
 		return nil, fmt.Errorf("discovery: mesh settings: %w", err)
@@ -109,7 +107,8 @@ func (b *builder) build(a *admission, file *workloads.File) (*state, error) {
 	}
 	b.last = s.byUID
 	b.trim(s)
-	b.concretise(a, &b.ports)
+	a.noteSelected()
+	s.ports = b.ports
 	var err error
 	s.services, err = b.serviceIdentities(file, s.byUID)
 	return s, err

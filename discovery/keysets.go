@@ -1,8 +1,11 @@
 package discovery
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -34,9 +37,11 @@ type keySets struct {
 }
 
 type keySource struct {
-	remote *jws.Remote // nil: may not be fetched at all
-	err    error
-	stop   context.CancelFunc
+	remote  *jws.Remote // nil: may not be fetched at all
+	err     error
+	timeout time.Duration
+	refetch func()
+	stop    context.CancelFunc
 }
 
 func newKeySets(mesh policy.Mesh, log *slog.Logger, now func() time.Time) *keySets {
@@ -45,7 +50,7 @@ func newKeySets(mesh policy.Mesh, log *slog.Logger, now func() time.Time) *keySe
 
 // follow makes the sources those that the documents name.
 func (k *keySets) follow(ctx context.Context, docs []*inForce) {
-	wanted, refused := wantedSources(docs)
+	wanted, refused := wantedSources(docs, rootNamespace(k.mesh))
 	for name, s := range k.sources {
 		if _, ok := wanted[name]; !ok {
 			s.stop()
@@ -53,19 +58,16 @@ func (k *keySets) follow(ctx context.Context, docs []*inForce) {
 		}
 	}
 	for name, timeout := range wanted {
-		if k.sources[name] != nil {
-			continue
+		if s := k.sources[name]; s != nil {
+			k.retime(s, timeout)
+		} else {
+			k.sources[name] = k.start(ctx, name, timeout)
 		}
-		if len(k.sources) >= maxKeySources {
-			// Not published: proxies have no keys for it and refuse its tokens.
-			refused[""] = name
-			continue
-		}
-		k.sources[name] = k.start(ctx, name, timeout)
 	}
 	// One line each, not one for every source: their number is the attacker's choice.
 	for namespace, name := range refused {
 		if k.told[namespace] != name {
+			// Not published: proxies have no keys for it and refuse its tokens.
 			k.log.Error("too many key sources, tokens of some are refused", slog.String("namespace", namespace), slog.String("source", name),
 				slog.Int("limit", maxKeySources), slog.Int("limit_of_namespace", maxSourcesOfNamespace))
 		}
@@ -73,35 +75,78 @@ func (k *keySets) follow(ctx context.Context, docs []*inForce) {
 	k.told = refused
 }
 
-// wantedSources are those that the documents name, by namespace up to its share;
-// refused has one of those beyond it.
-func wantedSources(docs []*inForce) (wanted map[string]time.Duration, refused map[string]string) {
+// retime gives a source its timeout of now. Its keys stay: who names a source too
+// must not be able to have them dropped. Where there are none, a longer timeout is
+// tried at once; a source lets itself be asked that every ten seconds.
+func (k *keySets) retime(s *keySource, timeout time.Duration) {
+	longer := timeout > s.timeout
+	if timeout == s.timeout || s.remote == nil {
+		return
+	}
+	s.timeout = timeout
+	s.remote.SetTimeout(timeout)
+	if longer && s.remote.Err() != nil {
+		s.refetch()
+	}
+}
+
+// wantedSources are those that the documents name: of each namespace up to its
+// share and, where that is too much in all, of each in turn, so that none crowds
+// out another; the mesh's own come first. refused has for each namespace the first
+// of those that are left out.
+func wantedSources(docs []*inForce, root string) (wanted map[string]time.Duration, refused map[string]string) {
 	wanted, refused = map[string]time.Duration{}, map[string]string{}
-	of := map[string]map[string]bool{}
+	of, timeouts := namedSources(docs, refused)
+	namespaces := slices.Sorted(maps.Keys(of))
+	if i := slices.Index(namespaces, root); i > 0 {
+		namespaces = slices.Insert(slices.Delete(namespaces, i, i+1), 0, root)
+	}
+	for turn := range maxSourcesOfNamespace {
+		for _, ns := range namespaces {
+			if turn >= len(of[ns]) {
+				continue
+			}
+			source := of[ns][turn]
+			if _, ok := wanted[source]; ok || len(wanted) < maxKeySources {
+				wanted[source] = timeouts[source]
+			} else if refused[ns] == "" {
+				refused[ns] = source
+			}
+		}
+	}
+	return wanted, refused
+}
+
+// namedSources are those of each namespace, in the order of its documents, and the
+// timeouts. A source is shared by all who name it, so its timeout is the longest
+// of theirs, and never below the default: else one of them could make every fetch
+// of the others fail.
+func namedSources(docs []*inForce, refused map[string]string) (of map[string][]string, timeouts map[string]time.Duration) {
+	of, timeouts = map[string][]string{}, map[string]time.Duration{}
+	own := map[[2]string]bool{}
 	for _, d := range docs {
 		if d.doc.RequestAuthentication == nil {
 			continue
 		}
-		own := of[d.ref.Namespace]
-		if own == nil {
-			own = map[string]bool{}
-			of[d.ref.Namespace] = own
-		}
+		ns := d.ref.Namespace
 		for _, rule := range d.doc.RequestAuthentication.JWTRules {
 			source := jws.SourceName(rule)
 			if source == "" {
 				continue
 			}
-			if !own[source] && len(own) >= maxSourcesOfNamespace {
-				refused[d.ref.Namespace] = source
-				continue
+			if at := [2]string{ns, source}; !own[at] {
+				if len(of[ns]) >= maxSourcesOfNamespace {
+					refused[ns] = cmp.Or(refused[ns], source)
+					continue
+				}
+				own[at] = true
+				of[ns] = append(of[ns], source)
 			}
-			own[source] = true
 			timeout, _ := time.ParseDuration(rule.Timeout) // admitted, or empty: the default
-			wanted[source] = max(wanted[source], timeout)
+			timeouts[source] = max(timeouts[source], timeout, jws.DefaultTimeout)
 		}
 	}
-	return wanted, refused
+	return of, timeouts
 }
 
 func (k *keySets) start(ctx context.Context, name string, timeout time.Duration) *keySource {
@@ -123,7 +168,8 @@ func (k *keySets) start(ctx context.Context, name string, timeout time.Duration)
 			}
 		}
 	})
-	return &keySource{remote: remote, stop: stop}
+	refetch := func() { k.running.Go(func() { _ = remote.Refetch(ctx) }) } // whoever wants the keys asks for Err
+	return &keySource{remote: remote, timeout: timeout, refetch: refetch, stop: stop}
 }
 
 func (k *keySets) announce() {

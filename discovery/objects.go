@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sort"
 	"sync"
 
 	"castellan.dev/api/policy"
@@ -12,6 +13,7 @@ import (
 )
 
 const (
+	// maxObjects of all namespaces count, but for the root namespace's.
 	maxObjects = 20_000
 	// maxOfNamespace keeps one namespace's owner from using up what there is for all:
 	// what is beyond is refused there, and the others go on.
@@ -62,27 +64,10 @@ func (o *Objects) Documents() ([]FileDocument, <-chan struct{}) {
 		return o.docs, changed
 	}
 	o.changed = changed
-	switch {
-	case objects == nil: // not known (any more): what was, stays
-	case counted(objects) > maxObjects:
-		o.cfg.Log.Error("too many policies, those read before stay in force", slog.Int("policies", counted(objects)), slog.Int("limit", maxObjects))
-		o.docs = append(withoutNotices(o.docs), tooMany(counted(objects)))
-	default:
+	if objects != nil { // else not known (any more): what was, stays
 		o.read(objects)
 	}
 	return o.docs, changed
-}
-
-// counted is how many of the objects count: of each namespace its share at most, so
-// that no single one reaches the bound of all.
-func counted(objects []Object) (n int) {
-	of := map[string]int{}
-	for i := range objects {
-		if of[objects[i].Namespace]++; of[objects[i].Namespace] <= maxOfNamespace {
-			n++
-		}
-	}
-	return n
 }
 
 // read decodes and validates what has changed.
@@ -99,33 +84,51 @@ func (o *Objects) read(objects []Object) {
 		docs = append(docs, d)
 	}
 	o.known, o.docs = known, docs
-	refuseExcess(docs)
+	refuseExcess(docs, rootNamespace(o.cfg.Mesh))
 }
 
 // refuseExcess refuses the newest policies of namespaces that have too many.
-func refuseExcess(docs []FileDocument) {
-	counts := map[string]int{}
+func refuseExcess(docs []FileDocument, root string) {
+	of := map[string][]int{}
 	for i := range docs {
-		counts[docs[i].Ref.Namespace]++
+		of[docs[i].Ref.Namespace] = append(of[docs[i].Ref.Namespace], i)
 	}
-	for namespace, n := range counts {
-		if n <= maxOfNamespace {
-			continue
+	share := shareOf(of, root)
+	for namespace, at := range of {
+		allowed := share
+		if namespace == root {
+			allowed = maxOfNamespace
 		}
-		var at []int
-		for i := range docs {
-			if docs[i].Ref.Namespace == namespace {
-				at = append(at, i)
-			}
+		if len(at) <= allowed {
+			continue
 		}
 		slices.SortStableFunc(at, func(a, b int) int {
 			return docs[a].Document.Metadata.CreationTimestamp.Compare(docs[b].Document.Metadata.CreationTimestamp)
 		})
-		for _, i := range at[maxOfNamespace:] {
+		for _, i := range at[allowed:] {
 			docs[i] = docs[i].with(authz.Finding{Severity: authz.SeverityError, Field: "metadata.namespace", Value: namespace,
-				Reason: fmt.Sprintf("the namespace has %d policies, %d are allowed; the newest do not count", n, maxOfNamespace)})
+				Reason: fmt.Sprintf("the namespace has %d policies, %d are allowed; the newest do not count", len(at), allowed)})
 		}
 	}
+}
+
+// shareOf is how many policies of each namespace count: where all of them together
+// have too many, those lose some that have most. The mesh's own is not among them.
+func shareOf(of map[string][]int, root string) int {
+	beyond := func(share int) bool {
+		total := 0
+		for namespace, at := range of {
+			if namespace != root {
+				total += min(len(at), share)
+			}
+		}
+		return total > maxObjects
+	}
+	if !beyond(maxOfNamespace) {
+		return maxOfNamespace
+	}
+	// One of each counts however many namespaces there are.
+	return max(1, sort.Search(maxOfNamespace, func(share int) bool { return beyond(share + 1) }))
 }
 
 // ReadObjects decodes objects. What is wrong with one is among its findings.
@@ -154,19 +157,4 @@ func readObject(o *Object) FileDocument {
 		d = d.with(authz.Finding{Severity: authz.SeverityError, Field: "metadata", Value: said.String(), Reason: "is not what the API server calls the object"})
 	}
 	return d
-}
-
-func withoutNotices(docs []FileDocument) []FileDocument {
-	out := make([]FileDocument, 0, len(docs)+1)
-	for _, d := range docs {
-		if !d.notice {
-			out = append(out, d)
-		}
-	}
-	return out
-}
-
-func tooMany(n int) FileDocument {
-	return FileDocument{notice: true, kept: true, Findings: []authz.Finding{{Severity: authz.SeverityError, Field: "cluster",
-		Reason: fmt.Sprintf("%d policies, %d are allowed; those read before stay in force", n, maxObjects)}}}
 }

@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	castellanv1 "castellan.dev/api/castellan/v1"
+	"castellan.dev/api/policy"
 	"castellan.dev/discovery"
 	"castellan.dev/identity"
 	"castellan.dev/internal/workloads"
@@ -198,12 +199,12 @@ func TestObjects(t *testing.T) {
 	s.reach("shop/orders u1@1 accepted 1/1/0") // what it was told before, and acknowledged
 	many := make([]discovery.Object, 20_001)
 	for i := range many { // no namespace's share alone comes to so many
-		many[i].Namespace = fmt.Sprint("n", i%11)
+		many[i].Kind, many[i].Namespace, many[i].Name = policy.KindAuthorization, fmt.Sprint("n", i%11), fmt.Sprint("p", i)
 	}
-	api.policies(many...)
+	api.policies(append(many, good)...)
 	s.eventually("a word on too many", func() bool {
 		return slices.ContainsFunc(s.policies().GetPolicies(), func(p *castellanv1.PolicyStatus) bool {
-			return len(p.GetFindings()) == 1 && strings.Contains(p.GetFindings()[0].GetReason(), "20001 policies, 20000 are allowed")
+			return len(p.GetFindings()) == 2 && strings.Contains(p.GetFindings()[1].GetReason(), "1819 policies, 1818 are allowed")
 		})
 	})
 	s.told(f, "pod-orders", "orders=frontend")

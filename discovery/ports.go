@@ -1,9 +1,11 @@
 package discovery
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"castellan.dev/api/policy"
 	"castellan.dev/authz"
@@ -11,22 +13,31 @@ import (
 )
 
 // maxPortSets bounds how many different declarations of ports a document is
-// looked at with; beyond, it is looked at as if nobody had declared any.
-const maxPortSets = 8
+// looked at with, and maxPorts how many ports one may have; beyond, it is looked
+// at as if nobody had declared any.
+const (
+	maxPortSets = 8
+	maxPorts    = 256
+)
 
 // portSets tells apart what workloads declare of their ports.
 type portSets struct {
 	sets []map[uint16]string
-	ids  map[string]int
+	// names tell them apart across builds.
+	names [][sha256.Size]byte
+	ids   map[string]int
 }
 
 func newPortSets() portSets {
-	return portSets{ids: map[string]int{"": 0}, sets: []map[uint16]string{nil}}
+	return portSets{ids: map[string]int{"": 0}, sets: []map[uint16]string{nil}, names: make([][sha256.Size]byte, 1)}
 }
 
-// portKey names what is declared; "" is nothing, or not everything.
+// portKey names what is declared; "" is nothing, not everything, or too much.
 func portKey(ports []workloads.Port) string {
 	var key strings.Builder
+	if len(ports) > maxPorts {
+		return ""
+	}
 	for _, p := range ports {
 		if p.Protocol == "" {
 			return "" // services disagree, or say nothing
@@ -45,7 +56,7 @@ func (p *portSets) id(key string, ports []workloads.Port) int {
 			set[port.Number] = port.Protocol
 		}
 		id = len(p.sets)
-		p.ids[key], p.sets = id, append(p.sets, set)
+		p.ids[key], p.sets, p.names = id, append(p.sets, set), append(p.names, sha256.Sum256([]byte(key)))
 	}
 	return id
 }
@@ -57,42 +68,74 @@ func (d *inForce) selectedBy(id int) {
 	}
 }
 
-// warnings of a document that was admitted, given the workloads that it selects:
-// where these have all declared their ports, it is known whether an HTTP field
-// meets a TCP port, and where one has not, it may.
-func (p *portSets) warnings(d *inForce, mesh policy.Mesh) []authz.Finding {
-	sets := make([]map[uint16]string, len(d.portSets))
-	for i, id := range d.portSets {
-		sets[i] = p.sets[id]
-	}
-	return authz.ValidateForAll(d.doc, mesh, sets)
-}
-
-// concretise makes the warnings about accepted AuthorizationPolicies those of the
-// workloads that they select. Errors do not depend on ports.
-func (b *builder) concretise(a *admission, ports *portSets) {
+// noteSelected keeps with the status of each accepted AuthorizationPolicy what the
+// workloads that it selects declare.
+func (a *admission) noteSelected() {
 	docs := make(map[Ref]*inForce, len(a.docs))
 	for _, d := range a.docs {
 		docs[d.ref] = d
 	}
 	for i := range a.statuses {
 		st := &a.statuses[i]
-		d := docs[st.Ref]
-		if !st.accepted || d == nil || d.doc.Authorization == nil {
+		if d := docs[st.Ref]; st.accepted && d != nil && d.doc.Authorization != nil {
+			st.hash, st.portSets = d.hash, slices.Sorted(slices.Values(d.portSets))
+		}
+	}
+}
+
+// warner makes the warnings about accepted AuthorizationPolicies those of the
+// workloads that they select: where these have all declared their ports, it is
+// known whether an HTTP field meets a TCP port, and where one has not, it may.
+// Errors do not depend on ports.
+//
+// It works when somebody asks, and not where policy is published: how much there
+// is to look at is the choice of whoever writes policies and services, and
+// everybody's policy would wait for it.
+type warner struct {
+	mesh policy.Mesh
+
+	mu sync.Mutex
+	// known is what was told last, by content and ports.
+	known map[string][]authz.Finding
+}
+
+// findings says of each status of st what there is to say.
+func (w *warner) findings(st *state) [][]authz.Finding {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	known := make(map[string][]authz.Finding, len(w.known))
+	out := make([][]authz.Finding, len(st.statuses))
+	for i := range st.statuses {
+		p := &st.statuses[i]
+		out[i] = p.Findings
+		// As it was admitted: with nothing known of ports.
+		if n := len(p.portSets); n == 0 || n > maxPortSets || p.portSets[0] == 0 {
 			continue
 		}
-		slices.Sort(d.portSets)
-		var key strings.Builder
-		key.WriteString(d.hash)
-		for _, id := range d.portSets {
-			fmt.Fprintf(&key, ",%v", ports.sets[id])
-		}
-		found, ok := b.warned[key.String()]
+		key := st.ports.key(p)
+		found, ok := w.known[key]
 		if !ok {
-			found = ports.warnings(d, b.mesh)
+			found = authz.ValidateForAll(p.Document, w.mesh, st.ports.of(p.portSets))
 		}
-		b.warning[key.String()] = found
-		st.Findings = found
+		known[key], out[i] = found, found
 	}
-	b.warned, b.warning = b.warning, map[string][]authz.Finding{}
+	w.known = known
+	return out
+}
+
+func (p *portSets) of(ids []int) []map[uint16]string {
+	sets := make([]map[uint16]string, len(ids))
+	for i, id := range ids {
+		sets[i] = p.sets[id]
+	}
+	return sets
+}
+
+// key names a document's content and the ports it is looked at with.
+func (p *portSets) key(st *docStatus) string {
+	key := []byte(st.Ref.String() + " " + st.hash)
+	for _, id := range st.portSets {
+		key = append(key, p.names[id][:]...)
+	}
+	return string(key)
 }

@@ -39,6 +39,7 @@ type Server struct {
 	mesh    *xds.Table // what every node gets
 	nodes   nodes
 	reports reports
+	warner  warner
 	news    news // of states and reports
 	state   atomic.Pointer[state]
 	good    map[Ref]good // of Run's goroutine, before the first state: from disk
@@ -61,7 +62,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, log: cfg.Log, logged: map[string]bool{},
 		mesh:  xds.NewTable(castellanv1.TypeServiceIdentity, castellanv1.TypeJwks, castellanv1.TypeBundle, castellanv1.TypeDenylist),
 		nodes: nodes{tables: map[string]*nodeTable{}}, reports: reports{byNode: map[string]map[string]*castellanv1.WorkloadReport{}},
-		keys: newKeySets(cfg.Mesh, cfg.Log, cfg.Now)}
+		warner: warner{mesh: cfg.Mesh}, keys: newKeySets(cfg.Mesh, cfg.Log, cfg.Now)}
 	var err error
 	if s.builder, err = newBuilder(cfg.Mesh, cfg.TrustDomain); err != nil {
 		return nil, err
@@ -191,14 +192,19 @@ func (s *Server) keep() error {
 	return err
 }
 
+// maxLogged errors of one document are logged; its status has more.
+const maxLogged = 5
+
 // logRefusals logs every refusal once, until it changes.
 func (s *Server) logRefusals(a *admission) {
 	logged := map[string]bool{}
 	for _, st := range a.statuses {
+		told := 0
 		for _, f := range st.Findings {
-			if f.Severity != authz.SeverityError {
+			if f.Severity != authz.SeverityError || told == maxLogged {
 				continue
 			}
+			told++
 			key := fmt.Sprintf("%s\x00%s\x00%s\x00%s\x00%s\x00%t", st.File, st.Ref, f.Field, f.Value, f.Reason, st.lastGood)
 			if !s.logged[key] && !logged[key] {
 				outcome := "workloads it could select deny everything"

@@ -34,6 +34,7 @@ func (s *Server) Statuses() ([]DocumentStatus, <-chan struct{}) {
 		return nil, changed
 	}
 	t := s.tally(st)
+	findings := s.warner.findings(st)
 	out := make([]DocumentStatus, 0, len(st.statuses))
 	for i := range st.statuses {
 		p := &st.statuses[i]
@@ -42,7 +43,7 @@ func (s *Server) Statuses() ([]DocumentStatus, <-chan struct{}) {
 		}
 		c := t.of(p, s.cfg.Mesh)
 		out = append(out, DocumentStatus{Ref: p.Ref, UID: p.UID, Generation: p.Generation,
-			Accepted: p.accepted, LastGoodInForce: p.lastGood, Denies: p.denies != nil, Findings: p.Findings,
+			Accepted: p.accepted, LastGoodInForce: p.lastGood, Denies: p.denies != nil, Findings: findings[i],
 			Selected: int(c.selected), Programmed: int(c.programmed), Refused: int(c.refused)})
 	}
 	return out, changed
@@ -69,6 +70,7 @@ type tally struct {
 	reports               []*castellanv1.WorkloadReport
 	acknowledged, refused []bool
 	counts                map[Ref]count
+	byNamespace           map[string][]int // "" has all
 }
 
 func (s *Server) tally(st *state) *tally {
@@ -98,13 +100,29 @@ func (t *tally) of(p *docStatus, mesh policy.Mesh) (c count) {
 	case p.accepted || p.lastGood:
 		return t.counts[p.Ref]
 	case p.denies != nil:
-		for i, w := range t.st.workloads {
-			if p.denies.covers(w.Namespace, w.Labels, mesh) {
+		for _, i := range t.places(p.denies.namespace, mesh) {
+			if w := t.st.workloads[i]; p.denies.covers(w.Namespace, w.Labels, mesh) {
 				c.add(t.acknowledged[i], t.refused[i])
 			}
 		}
 	}
 	return c
+}
+
+// places are of the workloads that a document of a namespace could select: of
+// many documents that are refused each looks at its own namespace's only.
+func (t *tally) places(namespace string, mesh policy.Mesh) []int {
+	if t.byNamespace == nil {
+		t.byNamespace = map[string][]int{}
+		for i, w := range t.st.workloads {
+			t.byNamespace[""] = append(t.byNamespace[""], i)
+			t.byNamespace[w.Namespace] = append(t.byNamespace[w.Namespace], i)
+		}
+	}
+	if namespace == rootNamespace(mesh) {
+		namespace = ""
+	}
+	return t.byNamespace[namespace]
 }
 
 // news tells whoever waits that something has changed.

@@ -10,29 +10,27 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
 // fetcher gets small JSON documents through a guard: no redirects, no proxy (it
 // would dial in our place, past the guard), one timeout, one size.
 type fetcher struct {
-	guard   *guard
-	client  *http.Client
-	timeout time.Duration
+	guard  *guard
+	client *http.Client
+	// timeout in nanoseconds is for all of a fetch, by its context.
+	timeout atomic.Int64
 }
 
 func newFetcher(g *guard, roots *x509.CertPool, timeout time.Duration) *fetcher {
-	dialer := &net.Dialer{Timeout: timeout, Control: g.control}
-	return &fetcher{
-		guard:   g,
-		timeout: timeout,
+	dialer := &net.Dialer{Control: g.control}
+	f := &fetcher{
+		guard: g,
 		client: &http.Client{
-			Timeout: timeout,
 			Transport: &http.Transport{
 				DialContext:            dialer.DialContext,
 				TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
-				TLSHandshakeTimeout:    timeout,
-				ResponseHeaderTimeout:  timeout,
 				MaxResponseHeaderBytes: 16 << 10,
 				// A fetch every 20 minutes: a kept connection would only rot, and
 				// its address would not be judged again.
@@ -43,6 +41,8 @@ func newFetcher(g *guard, roots *x509.CertPool, timeout time.Duration) *fetcher 
 			},
 		},
 	}
+	f.timeout.Store(int64(timeout))
+	return f
 }
 
 func (f *fetcher) get(ctx context.Context, url string) ([]byte, error) {
@@ -78,7 +78,7 @@ func (f *fetcher) get(ctx context.Context, url string) ([]byte, error) {
 // keySet fetches the set of a source, by OIDC discovery where it says so. The
 // timeout is for all of it.
 func (f *fetcher) keySet(ctx context.Context, source string) (*KeySet, error) {
-	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(f.timeout.Load()))
 	defer cancel()
 	url, ok := strings.CutPrefix(source, "jwks:")
 	if !ok {

@@ -11,11 +11,13 @@ import (
 
 // How often a source is fetched (rule 28 of docs/conformance.md).
 const (
-	refreshEvery  = 20 * time.Minute
-	firstBackoff  = time.Minute
-	longestWait   = time.Hour
-	fetchDeadline = 5 * time.Second
+	refreshEvery = 20 * time.Minute
+	firstBackoff = time.Minute
+	longestWait  = time.Hour
 )
+
+// DefaultTimeout is how long one fetch may take unless something else is said.
+const DefaultTimeout = 5 * time.Second
 
 // RemoteConfig says where a key set is fetched from, and how carefully.
 type RemoteConfig struct {
@@ -26,7 +28,7 @@ type RemoteConfig struct {
 	Allow []string
 	// RootCAs verifies https servers; nil: the system's.
 	RootCAs *x509.CertPool
-	// Timeout of one fetch; default 5s.
+	// Timeout of one fetch; default DefaultTimeout.
 	Timeout time.Duration
 	Log     *slog.Logger
 	Now     func() time.Time
@@ -36,7 +38,8 @@ type RemoteConfig struct {
 // the source fails.
 type Remote struct {
 	*source
-	log *slog.Logger
+	log     *slog.Logger
+	fetcher *fetcher // nil: somebody else fetches
 	// Zero means the schedule of the rules.
 	every, firstRetry, longestRetry time.Duration
 }
@@ -62,13 +65,13 @@ func NewRemote(cfg RemoteConfig) (*Remote, error) {
 		return nil, fmt.Errorf("jws: %w", err)
 	}
 	if cfg.Timeout <= 0 {
-		cfg.Timeout = fetchDeadline
+		cfg.Timeout = DefaultTimeout
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	f := newFetcher(g, cfg.RootCAs, cfg.Timeout)
-	r := &Remote{log: cfg.Log}
+	r := &Remote{log: cfg.Log, fetcher: f}
 	r.source = newSource(cfg.Source, cfg.Now, func(ctx context.Context) (*KeySet, error) {
 		keys, err := f.keySet(ctx, cfg.Source)
 		if err != nil {
@@ -77,6 +80,13 @@ func NewRemote(cfg RemoteConfig) (*Remote, error) {
 		return keys, nil
 	})
 	return r, nil
+}
+
+// SetTimeout changes the timeout from the next fetch on; the keys stay.
+func (r *Remote) SetTimeout(d time.Duration) {
+	if r.fetcher != nil {
+		r.fetcher.timeout.Store(int64(orDefault(d, DefaultTimeout)))
+	}
 }
 
 // Run fetches now, every 20 minutes, and after a failure in 1 minute, doubling

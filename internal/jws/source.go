@@ -87,8 +87,12 @@ func (s *source) refresh(ctx context.Context) error {
 	if mine {
 		s.fly(ctx, flight)
 	}
-	<-flight
-	return s.Err()
+	select {
+	case <-flight:
+		return s.Err()
+	case <-ctx.Done(): // a Refetch's goes on without us
+		return ctx.Err()
+	}
 }
 
 // enter joins the load under way or begins one, which the caller must then fly.
