@@ -14,6 +14,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 const serverUser = "system:serviceaccount:castellan-system:castellan-server"
@@ -231,12 +234,36 @@ spec: {selector: {matchLabels: {app: nobody}}, rules: [{to: [{operation: {paths:
 	})
 }
 
+// withoutAccount makes the server ask for an account: one that its watch does not show
+// it looks for itself.
+func withoutAccount(t *testing.T) {
+	t.Helper()
+	const ns = "without-account"
+	namespace(t, ns)
+	a := one(t, ns, pod{Name: "orphan", Node: "node-1"})
+	r := request{token: a.token(t), agentToken: agentOf(t, "node-1").token(t)}
+	conn := dialServer(t, nil)
+	issues(t, conn, r)
+	if err := api.remove("/api/v1/namespaces/" + ns + "/serviceaccounts/orphan"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a pod without an account is refused", func() error {
+		_, err := issue(t, conn, r)
+		switch status.Code(err) {
+		case codes.Unauthenticated, codes.PermissionDenied:
+			return nil
+		}
+		return fmt.Errorf("got %w", err)
+	})
+}
+
 // Promise: the server works with exactly the permissions of the table: nothing that it
 // asks is refused, and nothing that it may is never asked. It comes last, when all has
 // been done that the server does.
 func TestDisruptZPermissions(t *testing.T) {
 	needCluster(t)
 	saysTwice(t)
+	withoutAccount(t)
 	used := map[permission]bool{}
 	forbidden := map[permission]string{}
 	audit(t, func(e *auditEvent) {
