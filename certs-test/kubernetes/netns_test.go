@@ -42,7 +42,7 @@ func dialInside(ctx context.Context, netns, network, addr string) (net.Conn, err
 	if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWNET); err != nil {
 		return nil, os.NewSyscallError("setns", err)
 	}
-	return (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, network, addr)
+	return (&net.Dialer{Timeout: 30 * time.Second}).DialContext(ctx, network, addr)
 }
 
 // fromNode is an HTTP client in the network of a node.
