@@ -67,7 +67,9 @@ func load(command string, args []string, stderr io.Writer) (config.Agent, error)
 func serve(ctx context.Context, cfg config.Agent, stderr io.Writer) error {
 	log := telemetry.NewLogger(stderr, cfg.Log)
 	registry := telemetry.NewRegistry()
-	limitHeap()
+	if _, err := harden.Memory(); err != nil {
+		log.Warn("serving without a limit of memory", "error", err)
+	}
 	a, err := agent.New(agent.Config{Agent: cfg, Log: log, Registerer: registry})
 	if err != nil {
 		return err

@@ -17,9 +17,10 @@ import (
 const cgroups = "/sys/fs/cgroup"
 
 // Memory returns the bytes that the calling process' control group may use (cgroup v2,
-// memory.max; v1, memory.limit_in_bytes), 0 for any number, and has the collector keep a
-// tenth below: it would let the heap double first, and the kernel end the process. A
-// GOMEMLIMIT in the environment stays in force.
+// memory.max; v1, memory.limit_in_bytes), 0 for any number, and has the collector keep
+// below 85 percent of them: it would let the heap double first, and the kernel end the
+// process. The rest is for what the kernel counts besides, sockets' buffers and the
+// program's pages. A GOMEMLIMIT in the environment stays in force.
 func Memory() (int64, error) {
 	groups, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -30,7 +31,7 @@ func Memory() (int64, error) {
 		return 0, err
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(limit - limit/10)
+		debug.SetMemoryLimit(limit / 20 * 17)
 	}
 	return limit, nil
 }
