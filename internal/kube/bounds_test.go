@@ -85,7 +85,7 @@ func TestPortsOfAService(t *testing.T) {
 			}
 		}))
 	f := s.inv.Current()
-	if len(f.Services) != 1 || f.Services[0].Name != "orders" || !strings.Contains(s.log.String(), "1001, 1000 are allowed") {
+	if len(f.Services) != 1 || f.Services[0].Name != "orders" || !strings.Contains(s.log.String(), "more than the 1000 that are allowed") {
 		t.Errorf("%v; log %s", f.Services, s.log)
 	}
 	if n := len(f.Workloads[0].Ports); n != 1001 { // 8080 is one

@@ -4,10 +4,10 @@ import (
 	"context"
 	"log/slog"
 	"maps"
-	"reflect"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -24,6 +24,7 @@ type InventoryConfig struct {
 	// ClusterDomain is what the names of services end with; default cluster.local.
 	ClusterDomain string
 	Log           *slog.Logger
+	Now           func() time.Time
 }
 
 // Inventory keeps the cluster's pods and services as a *workloads.File. Every
@@ -32,7 +33,6 @@ type InventoryConfig struct {
 // the others from being seen.
 type Inventory struct {
 	cfg   InventoryConfig
-	log   *slog.Logger
 	pacer pacer
 
 	mu      sync.Mutex
@@ -41,25 +41,40 @@ type Inventory struct {
 	changed chan struct{}
 
 	// All below belongs to Run's goroutine.
+	complaints
 	pods     podSet
 	services map[string]*service // by namespace/name
+	spaces   map[string]*space
 	// users are the services with an endpoint at an address.
-	users    map[string][]string
-	told     map[string]string // what was logged of an object
+	users    map[string]users
 	revision uint64
 }
 
 // service is one service of the cluster as it was converted last.
 type service struct {
-	object    *corev1.Service
-	made      *workloads.Service // nil: of no business of the mesh
-	addresses []string           // that its slices name
+	key    string
+	object *corev1.Service
+	// beyond: older services of the namespace use up its share, and this one is as if
+	// it were not there.
+	beyond bool
+	// declaring is the version that the selection goes by, nil for none.
+	declaring *corev1.Service
+	selection *selection
+	outlined  *corev1.Service // what outline is of
+	outline   outline
+	places    int // that slices list
+	// cut: the namespace's share leaves it no endpoints, and nobody to expect.
+	cut     bool
+	listed  []place
+	dropped string // of what is listed
+	made    *workloads.Service
 }
 
 // changes are what must be looked at again.
 type changes struct {
-	pods     map[string]bool // UIDs
-	services map[string]bool // namespace/name
+	pods map[string]bool // UIDs
+	// services, by namespace/name: whether more than pods of theirs has changed.
+	services map[string]bool
 }
 
 func noChanges() changes { return changes{pods: map[string]bool{}, services: map[string]bool{}} }
@@ -69,11 +84,14 @@ func NewInventory(cfg InventoryConfig) *Inventory {
 	if cfg.ClusterDomain == "" {
 		cfg.ClusterDomain = defaultClusterDomain
 	}
-	inv := &Inventory{cfg: cfg, log: cfg.Log, pacer: newPacer(), dirty: noChanges(), changed: make(chan struct{}),
-		pods: newPodSet(), services: map[string]*service{}, users: map[string][]string{}, told: map[string]string{}}
-	if inv.log == nil {
-		inv.log = slog.New(slog.DiscardHandler)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now //nolint:forbidigo // the default clock
+	}
+	inv := &Inventory{cfg: cfg, complaints: newComplaints(cfg.Log, cfg.Now), pacer: newPacer(), dirty: noChanges(), changed: make(chan struct{}),
+		pods: newPodSet(), services: map[string]*service{}, spaces: map[string]*space{}, users: map[string]users{}}
 	i := cfg.Informers
 	i.pods.changed = append(i.pods.changed, inv.podChanged)
 	i.services.changed = append(i.services.changed, inv.serviceChanged)
@@ -179,7 +197,7 @@ func (inv *Inventory) update() {
 	first := inv.file == nil
 	inv.mu.Unlock()
 
-	u := &update{Inventory: inv, changes: c, labels: map[string]*labelIndex{}}
+	u := newUpdate(inv, c)
 	if !u.run() && !first {
 		return
 	}
@@ -217,22 +235,7 @@ func (inv *Inventory) reading() *workloads.File {
 		}
 		return strings.Compare(a.Name, b.Name)
 	})
-	inv.share(file.Services)
 	return file
-}
-
-// complain logs what is wrong with an object, once until that changes; nil forgets.
-func (inv *Inventory) complain(kind, name string, err error) {
-	key := kind + " " + name
-	if err == nil {
-		delete(inv.told, key)
-		return
-	}
-	if inv.told[key] == err.Error() {
-		return
-	}
-	inv.told[key] = err.Error()
-	inv.log.Warn("object of the cluster is left out, or a part of it", slog.String("kind", kind), slog.String("object", name), slog.Any("error", err))
 }
 
 // Matching counts the workloads of the mesh with all these labels in a namespace,
@@ -274,7 +277,9 @@ func sameService(a, b *workloads.Service) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
-	x, y := *a, *b
-	x.Revision, y.Revision = 0, 0
-	return reflect.DeepEqual(x, y)
+	return slices.Equal(a.Hosts, b.Hosts) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports) &&
+		slices.Equal(a.SubjectAltNames, b.SubjectAltNames) && slices.Equal(a.Accounts, b.Accounts) &&
+		slices.EqualFunc(a.Endpoints, b.Endpoints, func(x, y workloads.Endpoint) bool {
+			return x.Workload == y.Workload && x.Address == y.Address && x.OutsideMesh == y.OutsideMesh && maps.Equal(x.Ports, y.Ports)
+		})
 }

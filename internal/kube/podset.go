@@ -1,9 +1,6 @@
 package kube
 
-import (
-	"cmp"
-	"slices"
-)
+import "slices"
 
 // podSet holds the live workloads as they have been taken from the informers: what
 // an update asks is what the update before has left, plus what it has taken itself.
@@ -44,11 +41,6 @@ func (p *podSet) replace(uid string, next *candidate) {
 	for _, a := range next.addresses() {
 		p.byAddress[a] = append(p.byAddress[a], next)
 	}
-}
-
-// at returns the workloads that have an address, in a stable order.
-func (p *podSet) at(address string) []*candidate {
-	return slices.SortedFunc(slices.Values(p.byAddress[address]), func(a, b *candidate) int { return cmp.Compare(a.PodUID, b.PodUID) })
 }
 
 func (c *candidate) addresses() []string {

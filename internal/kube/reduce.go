@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"strings"
 	"unique"
 
 	corev1 "k8s.io/api/core/v1"
@@ -107,12 +108,15 @@ func reduceService(o runtime.Object) runtime.Object {
 	}
 	out := &corev1.Service{ObjectMeta: reduceMeta(&s.ObjectMeta)}
 	out.Labels = nil
+	out.CreationTimestamp = s.CreationTimestamp
 	if names, ok := s.Annotations[annotationAccounts]; ok {
+		// One byte too many tells that it is too long.
+		names = strings.Clone(names[:min(len(names), maxIdentitiesText+1)])
 		out.Annotations = map[string]string{annotationAccounts: names}
 	}
 	out.Spec = corev1.ServiceSpec{Type: s.Spec.Type, Selector: sharedMap(s.Spec.Selector), ClusterIP: s.Spec.ClusterIP,
 		ClusterIPs: append([]string(nil), s.Spec.ClusterIPs...), PublishNotReadyAddresses: s.Spec.PublishNotReadyAddresses}
-	for i := range s.Spec.Ports {
+	for i := range s.Spec.Ports[:min(len(s.Spec.Ports), maxServicePorts+1)] { // one too many tells
 		p := &s.Spec.Ports[i]
 		out.Spec.Ports = append(out.Spec.Ports, corev1.ServicePort{Name: shared(p.Name), Port: p.Port, Protocol: p.Protocol,
 			AppProtocol: p.AppProtocol, TargetPort: p.TargetPort})
@@ -136,7 +140,8 @@ func reduceSlice(o runtime.Object) runtime.Object {
 	}
 	for i := range s.Endpoints {
 		e := &s.Endpoints[i]
-		kept := discoveryv1.Endpoint{Addresses: append([]string(nil), e.Addresses...), Conditions: e.Conditions}
+		// The first address stands for all.
+		kept := discoveryv1.Endpoint{Addresses: append([]string(nil), e.Addresses[:min(len(e.Addresses), 1)]...), Conditions: e.Conditions}
 		if t := e.TargetRef; t != nil {
 			kept.TargetRef = &corev1.ObjectReference{Kind: shared(t.Kind), Namespace: shared(t.Namespace), Name: t.Name, UID: t.UID}
 		}

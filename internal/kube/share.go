@@ -1,43 +1,124 @@
 package kube
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
-	"castellan.dev/internal/workloads"
+	corev1 "k8s.io/api/core/v1"
 )
 
-// maxPlacesOfNamespace bounds endpoints times ports over a namespace's services:
-// every proxy of the mesh holds those of all.
-const maxPlacesOfNamespace = 5 * maxPlaces
+// What every proxy of the mesh holds of one namespace's services. Where they are
+// more, the oldest count, so that nobody's service goes for one that is made later.
+const (
+	// maxPortsOfNamespace bounds the services themselves: each has a port at least.
+	// Kubernetes is tried with 5,000 services in a namespace.
+	maxPortsOfNamespace = 10_000
+	// maxPlacesOfNamespace bounds endpoints times ports.
+	maxPlacesOfNamespace = 5 * maxPlaces
+	// maxIdentitiesOfNamespace bounds who may answer: accounts and declared identities.
+	maxIdentitiesOfNamespace = 20_000
+)
 
-// shareCut marks the revision of a service whose endpoints are left out: it is
-// another than that of the same service with them.
-const shareCut = 1 << 63
+// byAge lists a namespace's services, the oldest first.
+func (sp *space) byAge() []*service {
+	return slices.SortedFunc(maps.Keys(sp.services), func(a, b *service) int {
+		return cmp.Or(a.object.CreationTimestamp.Compare(b.object.CreationTimestamp.Time), cmp.Compare(a.object.Name, b.object.Name))
+	})
+}
 
-// share leaves out the endpoints of services beyond their namespace's share, by
-// name. Whoever calls these is refused; other namespaces' go on. The services are
-// sorted, and the slice is the caller's own.
-func (inv *Inventory) share(services []workloads.Service) {
-	for first := 0; first < len(services); {
-		namespace, last, places, cut := services[first].Namespace, first, 0, ""
-		for ; last < len(services) && services[last].Namespace == namespace; last++ {
-			s := &services[last]
-			n := 0
-			for i := range s.Endpoints {
-				n += len(s.Endpoints[i].Ports)
-			}
-			if places+n > maxPlacesOfNamespace {
-				s.Endpoints, cut = nil, s.Name
-				s.Revision |= shareCut
-				continue
-			}
-			places += n
+// admit decides which services of a namespace there are for the mesh: those whose
+// ports are within its share. Others are as if they were not there, and whoever
+// calls them calls an address outside the mesh: in the clear where the mesh
+// settings allow that, which a receiver may refuse, and else not at all.
+func (u *update) admit(sp *space) {
+	total := 0
+	for s := range sp.services {
+		total += countedPorts(s.object)
+	}
+	sp.beyond = nil
+	if total <= maxPortsOfNamespace {
+		for s := range sp.services {
+			u.setBeyond(s, false)
 		}
-		var err error
-		if cut != "" {
-			err = fmt.Errorf("service %q, and maybe others, is left without endpoints: %d times the ports they serve are allowed in a namespace", cut, maxPlacesOfNamespace)
+		return
+	}
+	ports := 0
+	for _, s := range sp.byAge() {
+		n := countedPorts(s.object)
+		fits := ports+n <= maxPortsOfNamespace
+		if fits {
+			ports += n
+		} else {
+			sp.beyond = fmt.Errorf("service %q, and maybe others, is not known to the mesh: the services of a namespace may have %d ports between them", s.object.Name, maxPortsOfNamespace)
 		}
-		inv.complain("Namespace", namespace, err)
-		first = last
+		u.setBeyond(s, !fits)
 	}
 }
+
+func (u *update) setBeyond(s *service, beyond bool) {
+	if s.beyond != beyond {
+		s.beyond = beyond
+		u.changes.services[s.key] = true
+		u.moved[s] = true
+	}
+}
+
+// share decides which services of a namespace are left without endpoints, and
+// without anybody who could answer. Whoever calls these is refused; other
+// namespaces' go on.
+func (u *update) share(sp *space) {
+	places, identities := 0, 0
+	for s := range sp.services {
+		n, ids := s.demand()
+		places, identities = places+n, identities+ids
+	}
+	sp.cut = nil
+	if places <= maxPlacesOfNamespace && identities <= maxIdentitiesOfNamespace {
+		for s := range sp.services {
+			u.setCut(s, false)
+		}
+		return
+	}
+	places, identities = 0, 0
+	for _, s := range sp.byAge() {
+		n, ids := s.demand()
+		fits := places+n <= maxPlacesOfNamespace && identities+ids <= maxIdentitiesOfNamespace
+		if fits {
+			places, identities = places+n, identities+ids
+		} else {
+			sp.cut = fmt.Errorf("service %q, and maybe others, is left without endpoints: %d times the ports they serve, and %d identities, are allowed in a namespace",
+				s.object.Name, maxPlacesOfNamespace, maxIdentitiesOfNamespace)
+		}
+		u.setCut(s, !fits)
+	}
+}
+
+func (u *update) setCut(s *service, cut bool) {
+	if s.cut != cut {
+		s.cut = cut
+		u.relist[s] = true
+		u.mark(s)
+	}
+}
+
+// demand is what a service would take of its namespace's share.
+func (s *service) demand() (places, identities int) {
+	if s.outline.Service == nil {
+		return 0, 0
+	}
+	return s.places, len(s.outline.SubjectAltNames) + len(s.selection.answering())
+}
+
+// known is the version of a service that there is for the mesh, nil for none.
+func (s *service) known() *corev1.Service {
+	if s.beyond {
+		return nil
+	}
+	return s.object
+}
+
+// excess says what the namespace's share leaves out.
+func (sp *space) excess() error { return errors.Join(sp.beyond, sp.cut) }

@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 
@@ -11,14 +13,29 @@ import (
 )
 
 // update is the making of one reading: a service that changes makes its pods be
-// looked at (their declared ports), and a pod that changes the services that
-// select it or have its address.
+// looked at (their declared ports), and a pod that changes the services to which
+// what has changed of it matters. It asks what has been taken, not what the
+// informers know by now: the next update starts from what this one has seen.
 type update struct {
 	*Inventory
 	changes changes
-	// Of this update, by namespace.
-	selectors map[string]selectorIndex
-	labels    map[string]*labelIndex // made when they pay
+	// settle are the namespaces whose services' objects have changed, moved those
+	// that may be of another selection now.
+	settle map[string]bool
+	moved  map[*service]bool
+	// seen are the selections whose pods have been marked.
+	seen map[*selection]bool
+	// renamed are the workloads, by UID, whose account is another.
+	renamed map[string]bool
+	recount map[*selection]bool
+	// relist are the services whose slices must be read.
+	relist map[*service]bool
+	labels map[string]*labelIndex // by namespace, made when they pay
+}
+
+func newUpdate(inv *Inventory, c changes) *update {
+	return &update{Inventory: inv, changes: c, settle: map[string]bool{}, moved: map[*service]bool{}, seen: map[*selection]bool{},
+		renamed: map[string]bool{}, recount: map[*selection]bool{}, relist: map[*service]bool{}, labels: map[string]*labelIndex{}}
 }
 
 // run reports whether anything has changed.
@@ -26,47 +43,90 @@ func (u *update) run() (changed bool) {
 	for key := range u.changes.services {
 		u.takeService(key)
 	}
-	u.indexSelectors()
+	for namespace := range u.settle {
+		u.admit(u.spaces[namespace])
+	}
+	for s := range u.moved {
+		u.selected(s)
+	}
 	for uid := range u.changes.pods {
 		if u.pod(uid) {
 			changed = true
 		}
 	}
 	clear(u.labels) // they are of before
-	for key := range u.changes.services {
-		if u.service(key) {
-			changed = true
-		}
+	for sel := range u.recount {
+		sel.recount(u.selectedBy(sel))
+		u.markAll(sel)
 	}
-	return changed
+	return u.convert() || changed
 }
 
-// takeService reads a service, and marks the pods that it selected or selects.
+// takeService reads a service.
 func (u *update) takeService(key string) {
 	obj, ok, err := u.cfg.Informers.services.GetByKey(key)
 	next, _ := obj.(*corev1.Service)
 	if err != nil || !ok {
 		next = nil
 	}
-	old := u.services[key]
-	if old == nil {
-		old = &service{}
-		u.services[key] = old
+	s := u.services[key]
+	if s == nil && next == nil {
+		return // a slice of nobody's
 	}
-	before := old.object
-	if before == next {
+	if s == nil {
+		s = &service{key: key}
+		u.services[key] = s
+	}
+	if s.object == next {
 		return // a slice of it has changed
 	}
-	old.object = next
-	if before != nil && next != nil && sameDeclaration(before, next) {
+	namespace := cmp.Or(next, s.object).Namespace
+	sp := u.spaces[namespace]
+	if sp == nil {
+		sp = newSpace()
+		u.spaces[namespace] = sp
+	}
+	if s.object = next; next != nil {
+		sp.services[s] = true
+	} else {
+		delete(sp.services, s)
+		s.beyond = false
+	}
+	u.settle[namespace], u.moved[s] = true, true
+}
+
+// selected puts a service among those of its selector, and marks the pods that it
+// selected or selects.
+func (u *update) selected(s *service) {
+	next := s.known()
+	if !selecting(next) {
+		next = nil
+	}
+	before := s.declaring
+	s.declaring = next
+	if before == next || before != nil && next != nil && sameDeclaration(before, next) {
 		return
 	}
-	for _, s := range []*corev1.Service{before, next} {
-		if s != nil {
-			for _, w := range u.selectedBy(s) {
-				u.changes.pods[w.PodUID] = true
-			}
+	sp := u.spaces[cmp.Or(before, next).Namespace]
+	if s.selection != nil {
+		u.markPods(s.selection)
+		sp.leave(s)
+	}
+	if next != nil {
+		if sp.join(s, next) {
+			s.selection.recount(u.selectedBy(s.selection))
 		}
+		u.markPods(s.selection)
+	}
+}
+
+func (u *update) markPods(sel *selection) {
+	if u.seen[sel] {
+		return
+	}
+	u.seen[sel] = true
+	for _, c := range u.selectedBy(sel) {
+		u.changes.pods[c.PodUID] = true
 	}
 }
 
@@ -79,82 +139,58 @@ func sameDeclaration(a, b *corev1.Service) bool {
 		})
 }
 
-// pod makes one workload anew.
-func (u *update) pod(uid string) (changed bool) {
-	var object *corev1.Pod
-	if found, err := u.cfg.Informers.pods.ByIndex(IndexUID, uid); err == nil && len(found) > 0 {
-		object, _ = found[0].(*corev1.Pod)
+// convert makes the services anew that were marked.
+func (u *update) convert() (changed bool) {
+	spaces := map[string]bool{}
+	for key, full := range u.changes.services {
+		s := u.services[key]
+		if s == nil {
+			continue
+		}
+		object := s.known()
+		if s.outlined != object {
+			if s.outlined, s.outline = object, (outline{}); object != nil {
+				s.outline = outlineOf(object, u.cfg.ClusterDomain)
+			}
+		}
+		if full {
+			s.places = 0
+			if s.outline.Service != nil {
+				s.places = countPlaces(u.slicesOf(s), s.outline.Ports)
+			}
+			u.relist[s] = true
+		}
+		spaces[namespaceOf(key)] = true
 	}
-	var next *candidate
-	if object != nil && live(object) {
-		w, err := workloadOf(object, u.selecting(object.Namespace, object.Labels))
-		u.complain("Pod", object.Namespace+"/"+object.Name, err)
-		if err == nil {
-			next = &candidate{Workload: w, hostNetwork: object.Spec.HostNetwork}
+	for namespace := range spaces {
+		sp := u.spaces[namespace]
+		u.share(sp)
+		u.complain("Namespace", namespace, sp.excess())
+		if len(sp.services) == 0 {
+			delete(u.spaces, namespace)
 		}
 	}
-	before := u.pods.byUID[uid]
-	switch {
-	case next == nil && before == nil:
-		return false
-	case next != nil && before != nil && before.hostNetwork == next.hostNetwork && sameWorkload(before.Workload, next.Workload):
-		return false
-	case next == nil:
-		u.pods.replace(uid, nil)
-		u.complain("Pod", before.Namespace+"/"+before.PodName, nil)
-	default:
-		u.revision++
-		next.Revision = u.revision
-		u.pods.replace(uid, next)
-	}
-	for _, c := range []*candidate{before, next} {
-		if c != nil {
-			u.touch(c.Workload)
+	for key := range u.changes.services {
+		if s := u.services[key]; s != nil && u.service(s) {
+			changed = true
 		}
 	}
-	return true
-}
-
-// touch marks the services that a workload has to do with.
-func (u *update) touch(w *workloads.Workload) {
-	for _, s := range u.selecting(w.Namespace, w.Labels) {
-		u.changes.services[s.Namespace+"/"+s.Name] = true
-	}
-	for _, a := range append([]string{w.Address}, w.Addresses...) {
-		for _, key := range u.users[a] {
-			u.changes.services[key] = true
-		}
-	}
+	return changed
 }
 
 // service makes one service anew.
-func (u *update) service(key string) (changed bool) {
-	s := u.services[key]
-	if s == nil {
-		return false
-	}
-	var next *workloads.Service
-	var named []string
-	if s.object != nil {
-		view := &serviceView{domain: u.cfg.ClusterDomain, at: u.pods.at, of: u.of, selected: u.selectedBy(s.object)}
-		if found, err := u.cfg.Informers.endpoints.ByIndex(indexService, key); err == nil {
-			for _, o := range found {
-				if slice, ok := o.(*discoveryv1.EndpointSlice); ok {
-					view.slices = append(view.slices, slice)
-				}
-			}
+func (u *update) service(s *service) (changed bool) {
+	if u.relist[s] {
+		var places []place
+		if s.dropped = ""; s.outline.Service != nil && !s.cut {
+			places, s.dropped = listPlaces(u.slicesOf(s), s.outline.Ports)
 		}
-		slices.SortFunc(view.slices, compareNames)
-		var err error
-		next, err = serviceOf(s.object, view)
-		u.complain("Service", key, err)
-		named = view.named()
-	} else {
-		u.complain("Service", key, nil)
+		u.follow(s, places)
 	}
-	u.follow(key, s, named)
+	next, err := u.made(s)
+	u.complain("Service", s.key, err)
 	if s.object == nil {
-		delete(u.services, key)
+		delete(u.services, s.key)
 	}
 	if sameService(s.made, next) && !u.touched(next) {
 		return false
@@ -167,165 +203,66 @@ func (u *update) service(key string) (changed bool) {
 	return true
 }
 
-// touched reports whether a workload that a service names has changed with this update.
-func (u *update) touched(s *workloads.Service) bool {
-	return s != nil && slices.ContainsFunc(s.Endpoints, func(e workloads.Endpoint) bool {
-		return e.Workload != "" && u.changes.pods[e.Workload]
-	})
+// made puts a service together, nil for one that is none of the mesh's business.
+func (u *update) made(s *service) (*workloads.Service, error) {
+	if s.outline.Service == nil {
+		return nil, s.outline.problem
+	}
+	next := *s.outline.Service
+	if s.cut { // fails closed: nobody can answer
+		next.SubjectAltNames, next.Accounts = nil, (*selection)(nil).answering()
+		return &next, s.outline.problem
+	}
+	next.Accounts = s.selection.answering()
+	var dropped string
+	next.Endpoints, dropped = u.endpoints(s)
+	switch {
+	case s.outline.problem != nil:
+		return &next, s.outline.problem
+	case s.selection != nil && s.selection.tooMany:
+		return &next, fmt.Errorf("its pods have more than %d accounts; none of them may answer for it", maxAccounts)
+	case dropped != "":
+		return &next, fmt.Errorf("endpoint %s", dropped)
+	}
+	return &next, nil
 }
 
-// follow remembers at which addresses a service has endpoints.
-func (u *update) follow(key string, s *service, named []string) {
-	for _, a := range s.addresses {
-		u.users[a] = slices.DeleteFunc(u.users[a], func(k string) bool { return k == key })
-		if len(u.users[a]) == 0 {
+// touched reports whether a workload that a service names is another's than before.
+func (u *update) touched(s *workloads.Service) bool {
+	return s != nil && len(u.renamed) > 0 && slices.ContainsFunc(s.Endpoints, func(e workloads.Endpoint) bool { return u.renamed[e.Workload] })
+}
+
+// slicesOf are the slices of a service, by name.
+func (u *update) slicesOf(s *service) []*discoveryv1.EndpointSlice {
+	var out []*discoveryv1.EndpointSlice
+	if found, err := u.cfg.Informers.endpoints.ByIndex(indexService, s.key); err == nil {
+		for _, o := range found {
+			if slice, ok := o.(*discoveryv1.EndpointSlice); ok {
+				out = append(out, slice)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *discoveryv1.EndpointSlice) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+// follow remembers what a service's slices list, and at which addresses.
+func (u *update) follow(s *service, places []place) {
+	before := s.listed
+	s.listed = places
+	if slices.EqualFunc(before, places, func(a, b place) bool { return a.address == b.address }) {
+		return
+	}
+	for i := range before {
+		a := before[i].address
+		if left := u.users[a].without(s); left.one != nil {
+			u.users[a] = left
+		} else {
 			delete(u.users, a)
 		}
 	}
-	s.addresses = named
-	for _, a := range named {
-		u.users[a] = append(u.users[a], key)
+	for i := range places {
+		a := places[i].address
+		u.users[a] = u.users[a].with(s)
 	}
-}
-
-func compareNames(a, b *discoveryv1.EndpointSlice) int {
-	switch {
-	case a.Name < b.Name:
-		return -1
-	case a.Name > b.Name:
-		return 1
-	}
-	return 0
-}
-
-// named are the addresses in a service's slices.
-func (v *serviceView) named() []string {
-	var out []string
-	for _, s := range v.slices {
-		for i := range s.Endpoints {
-			for _, a := range s.Endpoints[i].Addresses {
-				out = append(out, canonical(a))
-			}
-		}
-	}
-	slices.Sort(out)
-	return slices.Compact(out)
-}
-
-// of returns the live workload with a UID, nil if there is none.
-func (u *update) of(uid string) *workloads.Workload {
-	if c := u.pods.byUID[uid]; c != nil {
-		return c.Workload
-	}
-	return nil
-}
-
-// selectorIndex finds the services of a namespace that select given labels, by
-// one label that each of them wants.
-type selectorIndex map[[2]string][]*corev1.Service
-
-// indexSelectors goes by the services as they have been taken, not by what the
-// informers know by now: the next update starts from what this one has seen.
-func (u *update) indexSelectors() {
-	u.selectors = map[string]selectorIndex{}
-	for _, s := range u.services {
-		if s.object == nil {
-			continue
-		}
-		label, ok := greatest(s.object.Spec.Selector)
-		if !ok {
-			continue
-		}
-		ix := u.selectors[s.object.Namespace]
-		if ix == nil {
-			ix = selectorIndex{}
-			u.selectors[s.object.Namespace] = ix
-		}
-		ix[label] = append(ix[label], s.object)
-	}
-}
-
-// selecting returns the services that select such a pod, by name.
-func (u *update) selecting(namespace string, labels map[string]string) []*corev1.Service {
-	ix := u.selectors[namespace]
-	var out []*corev1.Service
-	for k, v := range labels {
-		for _, s := range ix[[2]string{k, v}] {
-			if selects(s, namespace, labels) {
-				out = append(out, s)
-			}
-		}
-	}
-	slices.SortFunc(out, func(a, b *corev1.Service) int {
-		if a.Name < b.Name {
-			return -1
-		}
-		return 1
-	})
-	return out
-}
-
-// greatest returns the label of the greatest key: which one is of no matter, but
-// it is always the same.
-func greatest(labels map[string]string) (out [2]string, ok bool) {
-	for k, v := range labels {
-		if !ok || k > out[0] {
-			out, ok = [2]string{k, v}, true
-		}
-	}
-	return out, ok
-}
-
-// labelIndex holds a namespace's workloads by label.
-type labelIndex struct {
-	all     []*workloads.Workload
-	asked   int
-	byLabel map[[2]string][]*workloads.Workload
-}
-
-// fewLookups is how many services' pods are looked for without an index.
-const fewLookups = 4
-
-// selectedBy returns the live workloads that a service's own selector selects.
-func (u *update) selectedBy(s *corev1.Service) []*workloads.Workload {
-	label, ok := greatest(s.Spec.Selector)
-	if !ok {
-		return nil
-	}
-	ix := u.labels[s.Namespace]
-	if ix == nil {
-		ix = &labelIndex{all: u.inNamespace(s.Namespace)}
-		u.labels[s.Namespace] = ix
-	}
-	var out []*workloads.Workload
-	for _, w := range ix.with(label) {
-		if selects(s, w.Namespace, w.Labels) {
-			out = append(out, w)
-		}
-	}
-	return out
-}
-
-// with returns workloads among which are all with the label.
-func (ix *labelIndex) with(label [2]string) []*workloads.Workload {
-	if ix.asked++; ix.asked <= fewLookups {
-		return ix.all
-	}
-	if ix.byLabel == nil {
-		ix.byLabel = map[[2]string][]*workloads.Workload{}
-		for _, w := range ix.all {
-			for k, v := range w.Labels {
-				ix.byLabel[[2]string{k, v}] = append(ix.byLabel[[2]string{k, v}], w)
-			}
-		}
-	}
-	return ix.byLabel[label]
-}
-
-func (u *update) inNamespace(namespace string) []*workloads.Workload {
-	out := make([]*workloads.Workload, 0, len(u.pods.byNamespace[namespace]))
-	for _, c := range u.pods.byNamespace[namespace] {
-		out = append(out, c.Workload)
-	}
-	return out
 }

@@ -68,8 +68,8 @@ type Service struct {
 	// SubjectAltNames; nil: those of its endpoints. An endpoint of any other account
 	// is refused by whoever calls it.
 	Accounts []identity.Account `json:"-"`
-	// Revision, unless 0, is another whenever anything here or of the workloads that
-	// it names is.
+	// Revision, unless 0, is another whenever anything here is, or the account of a
+	// workload that it names.
 	Revision uint64 `json:"-"`
 }
 
