@@ -45,27 +45,30 @@ func (x *index) find(at netip.AddrPort) (target, bool) {
 	return places[0], true
 }
 
-// changed returns the index with one set of services in the place of another.
+// changed returns the index with one set of services in the place of another. Each
+// address is gone through once, however many services list it.
 func (x *index) changed(before, after []*service) *index {
-	e := &indexEdit{index: &index{seed: x.seed, home: x.home, shards: x.shards}}
+	gone := map[*servicePort]bool{}
+	news := map[netip.AddrPort][]target{}
 	for _, s := range before {
 		s.targets(func(at netip.AddrPort, p target) {
-			shard := e.open(at)
-			left := slices.DeleteFunc(slices.Clone(shard[at]), func(q target) bool { return q.port == p.port })
-			if len(left) == 0 {
-				delete(shard, at)
-			} else {
-				shard[at] = left
-			}
+			gone[p.port] = true
+			news[at] = nil
 		})
 	}
 	for _, s := range after {
-		s.targets(func(at netip.AddrPort, p target) {
-			shard := e.open(at)
-			all := append(slices.Clip(shard[at]), p)
-			slices.SortStableFunc(all, x.compare)
-			shard[at] = all
-		})
+		s.targets(func(at netip.AddrPort, p target) { news[at] = append(news[at], p) })
+	}
+	e := &indexEdit{index: &index{seed: x.seed, home: x.home, shards: x.shards}}
+	for at, added := range news {
+		shard := e.open(at)
+		all := slices.DeleteFunc(slices.Clone(shard[at]), func(p target) bool { return gone[p.port] })
+		if all = append(all, added...); len(all) == 0 {
+			delete(shard, at)
+			continue
+		}
+		slices.SortStableFunc(all, x.compare)
+		shard[at] = slices.Clip(all)
 	}
 	return e.index
 }
