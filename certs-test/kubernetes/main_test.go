@@ -24,7 +24,7 @@ import (
 
 // patience is how long a condition may take before a test gives up: far beyond what
 // anything promises.
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // The cluster of all tests, the folder of the binaries under test, and our client of
 // the API server. Without root there is no cluster, and every test skips.
@@ -204,7 +204,7 @@ func within(t testing.TB, limit time.Duration, what string, check func() error) 
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: %v", what, err)
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
