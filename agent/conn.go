@@ -82,8 +82,12 @@ func (c *conn) received(f frame) bool {
 		b.reset()
 	case frameData:
 		cost := bufferFor(f.size)
-		if !c.take(cost, true) {
+		if !c.takeSoon(cost) {
 			return false
+		}
+		if c.calls[f.stream] != b { // it ended meanwhile
+			c.give(cost)
+			return true
 		}
 		b.unread += f.size
 		b.buffers += cost
@@ -143,7 +147,7 @@ type call struct {
 func (c *conn) begin(many bool) *call {
 	c.tenant.room.mu.Lock()
 	defer c.tenant.room.mu.Unlock()
-	if c.calls[c.opened] != nil || !c.take(callCost, true) {
+	if c.calls[c.opened] != nil || !c.takeSoon(callCost) {
 		return nil
 	}
 	b := &call{conn: c, stream: c.opened, many: many}
@@ -201,9 +205,13 @@ func (b *call) keep(m any) bool {
 	if size == 0 || b.ended || b.conn.closed {
 		return true
 	}
-	if !b.conn.take(size, true) {
+	if !b.conn.takeSoon(size) {
 		b.conn.tenant.room.refused("room")
 		return false
+	}
+	if b.ended || b.conn.closed { // meanwhile
+		b.conn.give(size)
+		return true
 	}
 	if replaces {
 		b.conn.give(b.kept)

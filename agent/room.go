@@ -77,6 +77,45 @@ func (r *room) tenant(namespace string) *tenant {
 	}
 }
 
+// endingPatience is how long a pod within its fair share waits for what is being cut.
+const endingPatience = 10 * time.Second
+
+// takeSoon is take for a connection that may wait: where only connections that are
+// being cut are in the way of a pod within its fair share, they soon are not. It is
+// called with the room locked, and unlocks it meanwhile.
+func (c *conn) takeSoon(n int64) bool {
+	r := c.tenant.room
+	var late <-chan time.Time
+	for !c.take(n, true) {
+		if c.cut || c.closed || c.tenant.held+n > fairShare {
+			return false
+		}
+		if late == nil {
+			timer := time.NewTimer(endingPatience)
+			defer timer.Stop()
+			late = timer.C
+		}
+		freed := r.whenFreed()
+		r.mu.Unlock()
+		select {
+		case <-freed:
+			r.mu.Lock()
+		case <-late:
+			r.mu.Lock()
+			return false
+		}
+	}
+	return true
+}
+
+// whenFreed is closed when something is given back.
+func (r *room) whenFreed() <-chan struct{} {
+	if r.freed == nil {
+		r.freed = make(chan struct{})
+	}
+	return r.freed
+}
+
 // beyond is what a pod holds more than nobody takes from it.
 func beyond(held int64) int64 { return max(held-fairShare, 0) }
 
@@ -194,10 +233,7 @@ func (c *conn) wait(ctx context.Context, n int64, counted func()) error {
 			r.mu.Unlock()
 			return nil
 		}
-		if r.freed == nil {
-			r.freed = make(chan struct{})
-		}
-		freed := r.freed
+		freed := r.whenFreed()
 		r.mu.Unlock()
 		select {
 		case <-freed:
@@ -215,7 +251,7 @@ func (t *tenant) enter(raw net.Conn) *conn {
 	c.in.skip = prefaceSize
 	t.room.mu.Lock()
 	defer t.room.mu.Unlock()
-	if !c.take(connCost, true) {
+	if !c.takeSoon(connCost) {
 		return nil
 	}
 	t.conns[c] = struct{}{}
