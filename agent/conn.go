@@ -82,7 +82,7 @@ func (c *conn) received(f frame) bool {
 		b.reset()
 	case frameData:
 		cost := bufferFor(f.size)
-		if !c.takeSoon(cost) {
+		if !c.takeSoon(cost, endingPatience) {
 			return false
 		}
 		if c.calls[f.stream] != b { // it ended meanwhile
@@ -138,6 +138,8 @@ type call struct {
 	unread, buffers int64
 	// kept is what is remembered of messages until the call ends.
 	kept int64
+	// named: the client's name is among it.
+	named bool
 	// unsent bytes wait for the client to read.
 	unsent int64
 	ended  bool
@@ -147,7 +149,7 @@ type call struct {
 func (c *conn) begin(many bool) *call {
 	c.tenant.room.mu.Lock()
 	defer c.tenant.room.mu.Unlock()
-	if c.calls[c.opened] != nil || !c.takeSoon(callCost) {
+	if c.calls[c.opened] != nil || !c.takeSoon(callCost, endingPatience) {
 		return nil
 	}
 	b := &call{conn: c, stream: c.opened, many: many}
@@ -199,13 +201,13 @@ func (b *call) read(size int64) {
 
 // keep counts what is remembered of a request; false if there is no room.
 func (b *call) keep(m any) bool {
-	size, replaces := remembered(m)
+	size, replaces := remembered(m, !b.named)
 	b.conn.tenant.room.mu.Lock()
 	defer b.conn.tenant.room.mu.Unlock()
 	if size == 0 || b.ended || b.conn.closed {
 		return true
 	}
-	if !b.conn.takeSoon(size) {
+	if !b.conn.takeSoon(size, endingPatience) {
 		b.conn.tenant.room.refused("room")
 		return false
 	}
@@ -217,7 +219,7 @@ func (b *call) keep(m any) bool {
 		b.conn.give(b.kept)
 		b.kept = 0
 	}
-	b.kept += size
+	b.kept, b.named = b.kept+size, true
 	return true
 }
 
@@ -245,8 +247,9 @@ func (b *call) send(ctx context.Context, m any) error {
 const messageHead = 5
 
 // remembered is what a discovery stream remembers of a request until it ends, at
-// most. A state-of-the-world request replaces what the one before it named.
-func remembered(m any) (size int64, replaces bool) {
+// most. A state-of-the-world request replaces what the one before it named; first is
+// the one that names the client.
+func remembered(m any, first bool) (size int64, replaces bool) {
 	count := func(texts ...string) {
 		for _, text := range texts {
 			size += frameCost + int64(len(text))
@@ -258,7 +261,7 @@ func remembered(m any) (size int64, replaces bool) {
 		for name, version := range m.GetInitialResourceVersions() {
 			size += frameCost + int64(len(name)+len(version))
 		}
-		if m.GetNode().GetId() != "" {
+		if first && m.GetNode().GetId() != "" {
 			count(m.GetNode().GetId())
 		}
 	case *discoveryv3.DiscoveryRequest:

@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"castellan.dev/internal/crowd"
 )
 
 // Bounds of what the clients of all pods together can make the agent hold. Its
@@ -77,13 +79,17 @@ func (r *room) tenant(namespace string) *tenant {
 	}
 }
 
-// endingPatience is how long a pod within its fair share waits for what is being cut.
-const endingPatience = 10 * time.Second
+// How long a pod within its fair share waits for what is being cut: with a connection
+// that it has, and with one that it opens, for which the whole socket waits.
+const (
+	endingPatience = 10 * time.Second
+	acceptPatience = time.Second
+)
 
 // takeSoon is take for a connection that may wait: where only connections that are
 // being cut are in the way of a pod within its fair share, they soon are not. It is
 // called with the room locked, and unlocks it meanwhile.
-func (c *conn) takeSoon(n int64) bool {
+func (c *conn) takeSoon(n int64, patience time.Duration) bool {
 	r := c.tenant.room
 	var late <-chan time.Time
 	for !c.take(n, true) {
@@ -91,7 +97,7 @@ func (c *conn) takeSoon(n int64) bool {
 			return false
 		}
 		if late == nil {
-			timer := time.NewTimer(endingPatience)
+			timer := time.NewTimer(patience)
 			defer timer.Stop()
 			late = timer.C
 		}
@@ -193,6 +199,15 @@ func (c *conn) end() {
 	c.tenant.drop(c)
 	_ = c.Conn.Close() // whoever reads from it finds out
 	r.refused("room")
+	r.wake() // it may be waiting itself
+}
+
+// wake has those look again who wait for room.
+func (r *room) wake() {
+	if r.freed != nil {
+		close(r.freed)
+		r.freed = nil
+	}
 }
 
 func (t *tenant) drop(c *conn) {
@@ -214,10 +229,7 @@ func (c *conn) give(n int64) {
 			c.tenant.drop(c)
 		}
 	}
-	if r.freed != nil {
-		close(r.freed)
-		r.freed = nil
-	}
+	r.wake()
 }
 
 // wait counts n bytes more for c once there is room, and makes some after a while.
@@ -247,11 +259,11 @@ func (c *conn) wait(ctx context.Context, n int64, counted func()) error {
 
 // enter counts a connection; nil if there is no room for it.
 func (t *tenant) enter(raw net.Conn) *conn {
-	c := &conn{Conn: raw, tenant: t, calls: map[uint32]*call{}}
+	c := &conn{Conn: crowd.Paced(raw), tenant: t, calls: map[uint32]*call{}}
 	c.in.skip = prefaceSize
 	t.room.mu.Lock()
 	defer t.room.mu.Unlock()
-	if !c.takeSoon(connCost) {
+	if !c.takeSoon(connCost, acceptPatience) {
 		return nil
 	}
 	t.conns[c] = struct{}{}

@@ -77,6 +77,8 @@ func served(ctx context.Context, dial func(context.Context) (net.Conn, error), r
 		if err := secrets.Send(request); err != nil {
 			return err
 		}
+		// Envoy says what it is once, and with it a pod is within its fair share.
+		request = &discoveryv3.DeltaDiscoveryRequest{TypeUrl: request.GetTypeUrl(), ResourceNamesSubscribe: request.GetResourceNamesSubscribe()}
 		if _, err := secrets.Recv(); err != nil {
 			return fmt.Errorf("SDS: %w", err)
 		}

@@ -29,9 +29,10 @@ const (
 	writeTimeout = 15 * time.Second
 	idleTimeout  = 2 * time.Minute
 	stopTimeout  = 5 * time.Second
-	maxHeader    = 16 << 10
-	// maxStreams of one HTTP/2 connection: an API server sends all its reviews over one.
-	maxStreams = 250
+	maxHeader    = 8 << 10
+	// maxStreams of one HTTP/2 connection: an API server opens another when it has more
+	// reviews. Each holds a head and a goroutine, read or not.
+	maxStreams = 32
 )
 
 // Inventory says which workloads there are; it is discovery's.

@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
 	"castellan.dev/internal/crowd"
@@ -61,7 +63,9 @@ func NewFront(tlsConfig *tls.Config, gate *Gate) *Front {
 	}
 	dispatch := dispatcher{TransportCredentials: credentials.NewTLS(tlsConfig), front: f}
 	f.agents = grpc.NewServer(f.options(dispatch, maxAgentMessage, agentIdleTimeout)...)
-	f.others = grpc.NewServer(f.options(received{dispatch.TransportCredentials}, maxMessage, otherIdleTimeout)...)
+	f.others = grpc.NewServer(append(f.options(received{dispatch.TransportCredentials}, maxMessage, otherIdleTimeout),
+		// gRPC would let them grow to 16 MiB for who sends much.
+		grpc.StaticStreamWindowSize(64<<10), grpc.StaticConnWindowSize(1<<20))...)
 	return f
 }
 
@@ -99,14 +103,22 @@ func (f *Front) RegisterService(desc *grpc.ServiceDesc, impl any) {
 		}
 		guarded.Methods[i] = m
 		f.gate.unaryMethods[method] = true
+		f.gate.methods[method] = true
+	}
+	for _, st := range desc.Streams {
+		f.gate.methods["/"+desc.ServiceName+"/"+st.StreamName] = true
 	}
 	f.agents.RegisterService(&guarded, impl)
 	f.others.RegisterService(&guarded, impl)
 }
 
 // limitTime gives unary calls their deadline before anything of the message is
-// read. The context's end is the stream's, which frees what it holds.
+// read. The context's end is the stream's, which frees what it holds. Of methods that
+// there are not nothing is taken in, not even their name.
 func (f *Front) limitTime(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if !f.gate.methods[info.FullMethodName] {
+		return nil, status.Error(codes.Unimplemented, "unknown method")
+	}
 	if !f.gate.unaryMethods[info.FullMethodName] {
 		return ctx, nil
 	}

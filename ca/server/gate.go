@@ -50,8 +50,9 @@ type Gate struct {
 	refusals *prometheus.CounterVec
 	quiet    *quiet
 	calls    *crowd.Places
-	// unaryMethods are filled by registration, before anything is served.
-	unaryMethods map[string]bool
+	// methods are all there are, and unaryMethods those of one message each way. They
+	// are filled by registration, before anything is served.
+	methods, unaryMethods map[string]bool
 
 	closing context.Context
 	close   context.CancelCauseFunc
@@ -80,6 +81,7 @@ func NewGate(cfg GateConfig) (*Gate, error) {
 		cfg: cfg, closing: closing, close: cancel,
 		quiet:        newQuiet(cfg.Now, left),
 		calls:        crowd.NewPlaces(unprovedCalls),
+		methods:      map[string]bool{},
 		unaryMethods: map[string]bool{},
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "castellan_server_gate_refusals_total",

@@ -22,8 +22,9 @@ var (
 	// callers of the same port have shown no agent's certificate: agents that have none
 	// yet, and whoever else.
 	callers = crowd.Bounds{Total: 2048, PerSource: 256}
-	// reviewers are of the webhooks: an API server sends all its reviews over a few.
-	reviewers = crowd.Bounds{Total: 2048, PerSource: 256}
+	// reviewers are of the webhooks: an API server sends all its reviews over a few,
+	// and each of them may hold the heads of many.
+	reviewers = crowd.Bounds{Total: 128, PerSource: 16}
 )
 
 // listeners are opened before anything else, so that a second server on the same

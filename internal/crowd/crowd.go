@@ -1,5 +1,5 @@
-// Package crowd bounds what anybody can have who reaches a port: connections, and calls
-// under way.
+// Package crowd bounds what anybody can have who reaches a port: connections, calls
+// under way, and answers that he does not read.
 //
 // A bound that turns the last away gives a port to whoever sits on all places first,
 // and one that stops accepting leaves the kubelet's probe in the backlog until the
@@ -16,7 +16,7 @@ import (
 
 // Limit bounds the connections of l: of strangers, of which the next takes the place
 // of another, and of those that were handed to Known, which nobody drives out; above
-// known connections stay strangers'.
+// known connections stay strangers'. All are Paced.
 func Limit(l net.Listener, strangers, known Bounds) net.Listener {
 	return &listener{Listener: l, strangers: NewPlaces(strangers), known: known, of: map[netip.Addr]int{}}
 }
@@ -29,7 +29,10 @@ func Known(c net.Conn) {
 	}
 }
 
-// Source is the address of a peer, the zero one if it has none.
+// Source is the address of a peer, the zero one if it has none. Of IPv6 too it is one
+// address and not its /64: on Kubernetes that is all pods of a node, with the agent and
+// the kubelet among them. Who has many addresses is met by the order in which places
+// are lost.
 func Source(a net.Addr) netip.Addr {
 	if tcp, ok := a.(*net.TCPAddr); ok {
 		return tcp.AddrPort().Addr().Unmap()
@@ -50,6 +53,7 @@ type listener struct {
 // conn is a connection that holds a place.
 type conn struct {
 	net.Conn
+	raw    net.Conn
 	in     *listener
 	source netip.Addr
 	place  *Place
@@ -62,7 +66,8 @@ func (l *listener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: raw, in: l, source: Source(raw.RemoteAddr())}
+	buffers(raw, strangerBuffer)
+	c := &conn{Conn: Paced(raw), raw: raw, in: l, source: Source(raw.RemoteAddr())}
 	c.place = l.strangers.Enter(c.source, func() { _ = raw.Close() }) // it is lost anyway
 	return c, nil
 }
@@ -77,6 +82,22 @@ func (l *listener) settle(c *conn) {
 	c.known = true
 	l.all++
 	l.of[c.source]++
+	buffers(c.raw, knownBuffer)
+}
+
+// What the kernel keeps of a connection in each direction, which counts as the
+// program's memory and which it doubles. By itself it would keep megabytes.
+const (
+	strangerBuffer = 32 << 10
+	knownBuffer    = 512 << 10
+)
+
+func buffers(c net.Conn, size int) {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		// Where they stay as they were the connection works all the same.
+		_ = tcp.SetReadBuffer(size)
+		_ = tcp.SetWriteBuffer(size)
+	}
 }
 
 // Close gives the place up.
