@@ -56,7 +56,7 @@ test: tools build ## install what tests need, then run every test of every modul
 	for m in $(MODULES); do \
 	  echo "== $$m"; \
 	  count=; [ $$m = . ] || count=-count=1; \
-	  (cd $$m && $(GOTESTSUM) --format pkgname-and-test-fails -- -race $$count -timeout 20m ./...) || failed="$$failed $$m"; \
+	  (cd $$m && $(GOTESTSUM) --format pkgname-and-test-fails -- -race $$count -timeout 60m ./...) || failed="$$failed $$m"; \
 	done; \
 	echo "== what the race detector's own allocations would hide"; \
 	$(GOTESTSUM) --format pkgname-and-test-fails -- -run Alloc ./... || failed="$$failed allocations"; \

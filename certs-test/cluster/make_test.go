@@ -25,7 +25,7 @@ func runMake(t *testing.T, args ...string) string {
 		name, _, _ := strings.Cut(v, "=")
 		return name == "MAKEFLAGS" || name == "MFLAGS" || name == "MAKELEVEL" || name == "MAKEOVERRIDES"
 	})
-	cmd.Stderr = os.Stderr
+	cmd.Stderr, cmd.WaitDelay = os.Stderr, 10*time.Second
 	out, err := cmd.Output()
 	if err != nil {
 		t.Fatalf("make %s: %v\n%s", strings.Join(args, " "), err, out)

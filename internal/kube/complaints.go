@@ -52,7 +52,7 @@ func (c *complaints) complain(kind, name string, err error) {
 	namespace, _, _ := strings.Cut(name, "/")
 	l := c.limit(namespace)
 	if !l.AllowN(c.now(), 1) {
-		l.unsaid++ // and not noted as told: it is said when there is room
+		l.unsaid++ // and not noted as told: the next change of it may say it
 		return
 	}
 	c.told[key] = text

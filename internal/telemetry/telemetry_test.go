@@ -221,7 +221,6 @@ func TestLimits(t *testing.T) {
 	})
 }
 
-// A handler that panics is told of, and ends nothing; what clients do wrong is not.
 // TestIdleConnections: who sits on all the places of his address loses the oldest to
 // who comes; neither a kubelet is kept waiting, nor memory without bound.
 func TestIdleConnections(t *testing.T) {
@@ -251,6 +250,7 @@ func TestIdleConnections(t *testing.T) {
 	}
 }
 
+// A handler that panics is told of, and ends nothing; what clients do wrong is not.
 func TestErrorsAreLogged(t *testing.T) {
 	var mu sync.Mutex
 	var out bytes.Buffer
