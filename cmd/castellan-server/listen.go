@@ -16,9 +16,9 @@ import (
 // How many connections each port may have. Memory is what counts: an idle one of
 // HTTP/2 takes 34 KB, and as much again with a head that never ends.
 var (
-	// agents are ten times as many as a large mesh has nodes. One needs two or three;
-	// many may stand behind one address.
-	agents = crowd.Bounds{Total: 16384, PerSource: 1024}
+	// agents are ten times as many as a large mesh has nodes. One needs two or three.
+	// Where more stand behind one address, those above are like callers.
+	agents = crowd.Bounds{Total: 16384, PerSource: 64}
 	// callers of the same port have shown no agent's certificate: agents that have none
 	// yet, and whoever else.
 	callers = crowd.Bounds{Total: 2048, PerSource: 256}
