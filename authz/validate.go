@@ -74,11 +74,12 @@ func ValidateFor(doc policy.Document, mesh policy.Mesh, ports map[uint16]string)
 	return validate(doc, mesh, tcpPorts(ports), true)
 }
 
-// maxPortSets bounds how many different declarations of ports a document is looked
-// at with, and maxPorts how many ports one of them may have.
+// MaxPortSets bounds how many different declarations of ports a document is looked
+// at with, and MaxPorts how many ports one of them may have. Who creates pods and
+// services chooses how many there are.
 const (
-	maxPortSets = 8
-	maxPorts    = 256
+	MaxPortSets = 8
+	MaxPorts    = 256
 )
 
 // ValidateForAll is ValidateFor for every workload that a document selects, by what
@@ -86,11 +87,11 @@ const (
 // Where none is selected, where one says nothing about a port and where they or
 // their ports are too many, it is as if nobody had declared any.
 func ValidateForAll(doc policy.Document, mesh policy.Mesh, ports []map[uint16]string) []Finding {
-	if len(ports) == 0 || len(ports) > maxPortSets || slices.ContainsFunc(ports, undeclared) {
+	if len(ports) == 0 || len(ports) > MaxPortSets || slices.ContainsFunc(ports, undeclared) {
 		return Validate(doc, mesh)
 	}
 	tcp := tcpPorts(ports...)
-	if len(tcp) > maxPorts {
+	if len(tcp) > MaxPorts {
 		return Validate(doc, mesh)
 	}
 	return validate(doc, mesh, tcp, true)
@@ -119,7 +120,7 @@ func undeclared(ports map[uint16]string) bool {
 			return true
 		}
 	}
-	return len(ports) == 0 || len(ports) > maxPorts
+	return len(ports) == 0 || len(ports) > MaxPorts
 }
 
 // validation collects findings about one document.

@@ -12,14 +12,6 @@ import (
 	"castellan.dev/internal/workloads"
 )
 
-// maxPortSets bounds how many different declarations of ports a document is
-// looked at with, and maxPorts how many ports one may have; beyond, it is looked
-// at as if nobody had declared any.
-const (
-	maxPortSets = 8
-	maxPorts    = 256
-)
-
 // portSets tells apart what workloads declare of their ports.
 type portSets struct {
 	sets []map[uint16]string
@@ -35,7 +27,7 @@ func newPortSets() portSets {
 // portKey names what is declared; "" is nothing, not everything, or too much.
 func portKey(ports []workloads.Port) string {
 	var key strings.Builder
-	if len(ports) > maxPorts {
+	if len(ports) > authz.MaxPorts {
 		return ""
 	}
 	for _, p := range ports {
@@ -63,7 +55,7 @@ func (p *portSets) id(key string, ports []workloads.Port) int {
 
 // selectedBy notes that a workload with such ports is selected.
 func (d *inForce) selectedBy(id int) {
-	if len(d.portSets) <= maxPortSets && !slices.Contains(d.portSets, id) {
+	if len(d.portSets) <= authz.MaxPortSets && !slices.Contains(d.portSets, id) {
 		d.portSets = append(d.portSets, id)
 	}
 }
@@ -109,7 +101,7 @@ func (w *warner) findings(st *state) [][]authz.Finding {
 		p := &st.statuses[i]
 		out[i] = p.Findings
 		// As it was admitted: with nothing known of ports.
-		if n := len(p.portSets); n == 0 || n > maxPortSets || p.portSets[0] == 0 {
+		if n := len(p.portSets); n == 0 || n > authz.MaxPortSets || p.portSets[0] == 0 {
 			continue
 		}
 		key := st.ports.key(p)

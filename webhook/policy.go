@@ -49,13 +49,6 @@ type chosen struct {
 	ports []map[uint16]string
 }
 
-// Bounds on what a document is looked at with; who creates pods and services
-// chooses how much there is.
-const (
-	maxPortSets = 8
-	maxPorts    = 256
-)
-
 func choose(doc policy.Document, mesh policy.Mesh, file *workloads.File) chosen {
 	var c chosen
 	if file == nil {
@@ -78,14 +71,14 @@ func choose(doc policy.Document, mesh policy.Mesh, file *workloads.File) chosen 
 			continue
 		}
 		ports := declared(w)
-		if known = len(ports) <= maxPorts; !known {
+		if known = len(ports) <= authz.MaxPorts; !known {
 			continue
 		}
 		// fmt prints maps in the order of their keys.
 		if key := fmt.Sprint(ports); !seen[key] {
 			seen[key] = true
 			c.ports = append(c.ports, ports)
-			known = len(c.ports) <= maxPortSets
+			known = len(c.ports) <= authz.MaxPortSets
 		}
 	}
 	if !known {
