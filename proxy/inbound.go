@@ -292,6 +292,8 @@ func (in *inbound) serveHTTP(ctx context.Context, conn net.Conn, l *live, h2 boo
 	served := in.p.inboundEngine.NewConn(conn, h2, s)
 	l.closeNow, l.gracefully = served.CloseNow, served.CloseGracefully
 	held.idles(func() bool { _, idle := served.IdleSince(); return idle })
+	held.cuts(func() { in.p.shed(l) })
+	served.Reports(held.holds)
 	in.p.watch(l, func() { served.Serve(ctx) })
 }
 

@@ -24,6 +24,7 @@ const (
 	closedDrain     = "drain"
 	closedOutbound  = "outbound_policy"
 	closedCrowded   = "crowded_out"
+	closedMemory    = "memory"
 )
 
 // live is one open connection that has to be judged again when what it was

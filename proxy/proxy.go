@@ -111,7 +111,7 @@ func New(cfg Config) (*Proxy, error) {
 	p := &Proxy{
 		cfg: cfg, log: cfg.Log, now: cfg.Now, store: newStore(),
 		metrics:    newMetrics(cfg.Registerer),
-		limits:     limits{total: limit.MaxConnections, perSource: limit.MaxPerSource},
+		limits:     limits{total: limit.MaxConnections, perSource: limit.MaxPerSource, budget: limit.InFlight()},
 		outLimits:  limits{total: limit.MaxConnections, perSource: limit.MaxConnections},
 		handshakes: make(chan struct{}, max(limit.MaxHandshakes, 1)),
 		firstByte:  min(limit.HandshakeTimeout.Or(5*time.Second), 5*time.Second),

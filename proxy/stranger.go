@@ -8,15 +8,20 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 )
 
 // limits bounds connections in total and per source. Those that have not settled
 // their transport, strangers, cost a peer nothing: they are bounded apart, and
 // the oldest of them is dropped before anybody else is turned away. Who means it
 // is a stranger for some milliseconds only. Where all places are taken, whoever
-// holds most of them loses some that are idle or nobody's.
+// holds most of them loses some that are idle or nobody's. What requests in flight hold
+// is bounded too (held.go).
 type limits struct {
 	total, perSource int
+	// budget is how many bytes requests in flight may hold.
+	budget int64
+	held   atomic.Int64
 
 	mu        sync.Mutex
 	open      int
@@ -44,6 +49,10 @@ type place struct {
 	// idle reports whether no request is in flight; nil where none can be told.
 	idle     func() bool
 	released bool
+
+	// held is what its requests in flight hold; cut closes it at once, with them.
+	held atomic.Int64
+	cut  func()
 }
 
 // atOnce is the part of all places that is made free when there are none, so that
@@ -206,6 +215,7 @@ func (p *place) leave() {
 	p.released = true
 	p.known()
 	l, s := p.limits, p.limits.sources[p.source]
+	l.held.Add(-p.held.Swap(left))
 	if p.inSettled != nil {
 		s.settled.Remove(p.inSettled)
 		p.inSettled = nil

@@ -65,6 +65,9 @@ type ProxyLimits struct {
 	ConnectTimeout    Duration `json:"connectTimeout,omitempty"`    // default 5s
 	ResponseTimeout   Duration `json:"responseTimeout,omitempty"`   // to the response's head; default 60s
 	StreamIdleTimeout Duration `json:"streamIdleTimeout,omitempty"` // no byte either way in a body or tunnel; default 5m
+
+	// inFlight follows from the limit of memory and cannot be configured.
+	inFlight int64
 }
 
 // Validate fills defaults and checks what can be checked without opening anything.
@@ -143,13 +146,28 @@ func (l *ProxyLimits) validate() error {
 // much again for the collector.
 const perConnection = 64 << 10
 
-// Fit lowers the bounds on connections to what bytes of memory hold; 0 is any amount.
-// A proxy that is ended for want of memory serves nobody.
+// maxInFlight is InFlight where no limit of memory is known.
+const maxInFlight = 256 << 20
+
+// Fit lowers the bounds on connections to what bytes of memory hold, and gives requests
+// in flight half of them; 0 is any amount. A proxy that is ended for want of memory serves
+// nobody.
 func (l *ProxyLimits) Fit(bytes int64) {
+	if bytes > 0 {
+		l.inFlight = max(bytes/2, 1)
+	}
 	if most := bytes / perConnection; most > 0 && int64(l.MaxConnections) > most {
 		l.MaxConnections = int(most)
 		l.MaxPerSource = min(l.MaxPerSource, max(l.MaxConnections/3, 1))
 	}
+}
+
+// InFlight is how many bytes inbound requests in flight may hold: half of what Fit was given.
+func (l *ProxyLimits) InFlight() int64 {
+	if l.inFlight == 0 {
+		return maxInFlight
+	}
+	return l.inFlight
 }
 
 func (l *ProxyLimits) setDefaults() {

@@ -25,6 +25,7 @@ type Conn struct {
 	gone atomic.Bool
 
 	mu       sync.Mutex
+	account  account
 	closed   bool
 	active   int                     // requests in flight
 	activeAt time.Time               // since when the one of HTTP/1 is
@@ -109,23 +110,27 @@ func (c *Conn) IdleSince() (time.Time, bool) {
 	return c.idleAt, c.active == 0
 }
 
-// begin marks a request as in flight.
-func (c *Conn) begin(now time.Time) {
+// begin marks a request as in flight, which holds cost bytes.
+func (c *Conn) begin(now time.Time, cost int64) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.active++
 	c.activeAt = now
 	if c.closing.Load() {
 		c.wire.readBy = time.Time{} // CloseGracefully may have set the deadline to the past
 	}
+	delta := c.account.move(cost)
+	c.mu.Unlock()
+	c.tell(delta)
 }
 
-// end marks a request as done.
-func (c *Conn) end(now time.Time) {
+// end marks a request as done, which held cost bytes.
+func (c *Conn) end(now time.Time, cost int64) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.active--
 	c.idleAt = now
+	delta := c.account.move(-cost)
+	c.mu.Unlock()
+	c.tell(delta)
 }
 
 // attach remembers the upstream connection of the HTTP/1 exchange in flight;

@@ -40,6 +40,7 @@ type exchange struct {
 	scan    headScan
 	verdict Verdict
 	outcome Outcome
+	cost    int64  // what it has been charged with
 	held    []byte // the buffer that req's strings point into, once the wire went on
 
 	in   bodyIn     // HTTP/1 request body
@@ -67,6 +68,7 @@ type exchange struct {
 	// waiting: no final response head yet. Main goroutine only.
 	waiting   bool
 	continued bool // a 100 was passed on
+	unsent    bool // HTTP/2: the stream ends before its answer was sent
 
 	clientIdle, upIdle func() time.Duration // made once: method values allocate
 	pumpRun            func()
@@ -101,6 +103,7 @@ func (x *exchange) free() {
 	x.verdict, x.outcome = Verdict{}, Outcome{}
 	x.in = bodyIn{}
 	x.single, x.unguard = nil, nil
+	x.cost, x.unsent = 0, false
 	x.halted.Store(false)
 	x.aborted.Store(false)
 	x.conn, x.up, x.replay, x.cancel, x.upload = nil, nil, nil, nil, nil

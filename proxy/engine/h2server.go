@@ -49,6 +49,7 @@ func (c *Conn) serveH2(ctx context.Context) {
 	c.goAway = func() { _ = base.Shutdown(ctx) }
 	c.mu.Unlock()
 	base.ConnState = func(_ net.Conn, state http.ConnState) {
+		c.streams(state)
 		if state == http.StateActive && c.closing.Load() {
 			c.goAway() // CloseGracefully came before the library knew the connection
 		}
@@ -63,13 +64,15 @@ func (c *Conn) serveH2(ctx context.Context) {
 func (c *Conn) handle(w http.ResponseWriter, r *http.Request) {
 	x := c.engine.newExchangeFor(c)
 	x.outcome.Start = c.engine.cfg.Now()
-	c.begin(x.outcome.Start)
+	x.cost = c.costOf(r)
+	c.begin(x.outcome.Start, x.cost)
 	whole := x.serveStream(w, r)
 	if r.Context().Err() != nil && !x.aborted.Load() {
 		c.countReset(c.engine.cfg.Now())
 	}
-	c.end(x.outcome.Start.Add(x.outcome.Total))
+	c.endStream(x.outcome.Start.Add(x.outcome.Total), x.cost, x.unsent && r.Context().Err() == nil)
 	x.free()
+	clear(r.Header) // the library holds on to it for as long as the stream cannot end
 	if !whole {
 		// The library's only way to reset a stream; it recovers this value silently.
 		panic(http.ErrAbortHandler)
@@ -126,7 +129,7 @@ func (x *exchange) serveStream(w http.ResponseWriter, r *http.Request) bool {
 	}
 	x.finish(from)
 	x.outcome.RequestBytes, x.outcome.ResponseBytes = from.total, to.total
-	return whole
+	return whole && to.send()
 }
 
 // errAborted is why a request ended that the session gave up (Request.Abort).
@@ -297,6 +300,7 @@ func (s *h2Sink) start(res *response) error {
 	size := headBuffer
 	if res.length < 0 || res.length > headBuffer {
 		size = streamBuffer
+		s.x.charge(streamBuffer)
 	}
 	s.buf = x.engine.buffers.get(size)
 	s.w.WriteHeader(res.status)
@@ -329,6 +333,23 @@ func (s *h2Sink) finish(trailer []Field) error {
 	return nil // the rest goes out as the handler returns
 }
 
+// send sends what the library still has of a body, if it is to be sent before the stream
+// ends; false: it cannot be. A head alone needs no window, and is to end the stream.
+func (s *h2Sink) send() bool {
+	if !s.dirty || s.total == 0 {
+		return true
+	}
+	if !s.x.conn.mustSend() {
+		s.x.unsent, s.dirty = true, false
+		return true
+	}
+	err := s.flush()
+	if err != nil {
+		s.x.note(clientGone(err))
+	}
+	return err == nil
+}
+
 // answer sends an answer of our own; it reports that the stream ends whole.
 func (s *h2Sink) answer(status int, body string, extra []Field) bool {
 	s.headed = true
@@ -349,6 +370,6 @@ func (s *h2Sink) answer(status int, body string, extra []Field) bool {
 	}
 	s.w.WriteHeader(status)
 	n, _ := io.WriteString(s.w, body+"\n")
-	s.total = int64(n)
-	return true
+	s.total, s.dirty = int64(n), true
+	return s.send()
 }

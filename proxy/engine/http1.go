@@ -13,9 +13,10 @@ func (c *Conn) serveH1(ctx context.Context) {
 	for c.await() {
 		x := c.engine.newExchangeFor(c)
 		x.outcome.Start = c.engine.cfg.Now()
-		c.begin(x.outcome.Start)
+		x.cost = holdsRequest
+		c.begin(x.outcome.Start, x.cost)
 		keep, linger := c.serveOne(ctx, x)
-		c.end(x.outcome.Start.Add(x.outcome.Total))
+		c.end(x.outcome.Start.Add(x.outcome.Total), x.cost)
 		x.free()
 		if linger {
 			c.linger()
@@ -157,7 +158,11 @@ func (x *exchange) readRequest() error {
 			w.armRead(x.outcome.Start, cfg.HeaderTimeout)
 		}
 		if w.w == len(w.buf) {
+			before := max(len(w.buf), headBuffer)
 			w.room(max(headBuffer, min(2*len(w.buf), cfg.MaxHeaderBytes+1)))
+			if more := len(w.buf) - before; more > 0 {
+				x.charge(2 * more)
+			}
 		}
 		if err := w.fill(); err != nil {
 			if isTimeout(err) {
