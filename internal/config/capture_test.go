@@ -121,10 +121,10 @@ func TestFit(t *testing.T) {
 		wantAll, wantOne       int
 	}{
 		"no limit":        {8000, 2500, 0, 8000, 2500},
-		"of a sidecar":    {8000, 2500, 256 << 20, 4096, 1365},
+		"of a sidecar":    {8000, 2500, 256 << 20, 2730, 910},
 		"plenty":          {8000, 2500, 4 << 30, 8000, 2500},
 		"fewer asked for": {100, 100, 256 << 20, 100, 100},
-		"next to nothing": {8000, 2500, 64 << 10, 1, 1},
+		"next to nothing": {8000, 2500, 96 << 10, 1, 1},
 	} {
 		l := config.ProxyLimits{MaxConnections: tt.connections, MaxPerSource: tt.perSource}
 		if l.Fit(tt.memory); l.MaxConnections != tt.wantAll || l.MaxPerSource != tt.wantOne {

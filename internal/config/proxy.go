@@ -142,19 +142,19 @@ func (l *ProxyLimits) validate() error {
 	return nil
 }
 
-// perConnection is what an idle connection of mutual TLS and its buffers take, with as
-// much again for the collector.
-const perConnection = 64 << 10
+// perConnection is what an idle connection of mutual TLS and its buffers take, some
+// 40 KiB, with as much again for the collector, and a part of what the program takes.
+const perConnection = 96 << 10
 
 // maxInFlight is InFlight where no limit of memory is known.
 const maxInFlight = 256 << 20
 
 // Fit lowers the bounds on connections to what bytes of memory hold, and gives requests
-// in flight half of them; 0 is any amount. A proxy that is ended for want of memory serves
+// in flight a third of them; 0 is any amount. A proxy that is ended for want of memory serves
 // nobody.
 func (l *ProxyLimits) Fit(bytes int64) {
 	if bytes > 0 {
-		l.inFlight = max(bytes/2, 1)
+		l.inFlight = max(bytes/3, 1)
 	}
 	if most := bytes / perConnection; most > 0 && int64(l.MaxConnections) > most {
 		l.MaxConnections = int(most)
@@ -162,7 +162,7 @@ func (l *ProxyLimits) Fit(bytes int64) {
 	}
 }
 
-// InFlight is how many bytes inbound requests in flight may hold: half of what Fit was given.
+// InFlight is how many bytes inbound requests in flight may hold: a third of what Fit was given.
 func (l *ProxyLimits) InFlight() int64 {
 	if l.inFlight == 0 {
 		return maxInFlight
