@@ -89,7 +89,7 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	parts := []run.Part{admin.Run}
 	if listeners.ready != nil {
 		ready := health.Ready(p.CheckIdentity, p.CheckPolicy, p.CheckServices, p.CheckDraining)
-		parts = append(parts, func(ctx context.Context) error { return health.Serve(ctx, listeners.ready, ready, log) })
+		parts = append(parts, func(ctx context.Context) error { return telemetry.Serve(ctx, "ready", listeners.ready, ready, log) })
 	}
 	if err := p.Listen(); err != nil {
 		listeners.close()

@@ -46,7 +46,6 @@ func NewRegistry() *prometheus.Registry {
 // Admin serves /livez, /readyz[?verbose] and /metrics.
 type Admin struct {
 	listener net.Listener
-	server   *http.Server
 	log      *slog.Logger
 
 	mu      sync.Mutex
@@ -55,25 +54,12 @@ type Admin struct {
 	mux     *http.ServeMux
 }
 
-// observers are the connections of an Admin, which anybody may open: a node's kubelet
-// and a collector or two need a handful.
-var observers = crowd.Bounds{Total: 256, PerSource: 32}
-
 // NewAdmin returns an Admin on listener; nothing is served before Run.
 func NewAdmin(listener net.Listener, gatherer prometheus.Gatherer, log *slog.Logger) *Admin {
-	a := &Admin{listener: crowd.Limit(listener, observers, crowd.Bounds{}), log: log, checks: map[string]func() error{}, notices: map[string]func() error{}, mux: http.NewServeMux()}
+	a := &Admin{listener: listener, log: log, checks: map[string]func() error{}, notices: map[string]func() error{}, mux: http.NewServeMux()}
 	a.mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	a.mux.HandleFunc("GET /readyz", a.readyz)
 	a.mux.Handle("GET /metrics", promhttp.HandlerFor(gatherer, promhttp.HandlerOpts{}))
-	a.server = &http.Server{
-		Handler:           a.mux,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn), // accepting failed, or a handler panicked
-	}
 	return a
 }
 
@@ -98,10 +84,29 @@ func (a *Admin) Handle(pattern string, h http.Handler) { a.mux.Handle(pattern, h
 
 // Run serves until ctx ends.
 func (a *Admin) Run(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { a.server.Close() })
+	return Serve(ctx, "admin", a.listener, a.mux, a.log)
+}
+
+// observers are the connections of a port that Serve serves, which anybody may open: a
+// node's kubelet and a collector or two need a handful.
+var observers = crowd.Bounds{Total: 256, PerSource: 32}
+
+// Serve serves h on l, in the clear, until ctx ends: what observers ask of a program.
+// Errors name the listener.
+func Serve(ctx context.Context, name string, l net.Listener, h http.Handler, log *slog.Logger) error {
+	server := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn), // accepting failed, or a handler panicked
+	}
+	stop := context.AfterFunc(ctx, func() { server.Close() })
 	defer stop()
-	if err := a.server.Serve(a.listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("admin listener: %w", err)
+	if err := server.Serve(crowd.Limit(l, observers, crowd.Bounds{})); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("%s listener: %w", name, err)
 	}
 	return nil
 }

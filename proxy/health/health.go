@@ -11,15 +11,8 @@
 package health
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"log/slog"
-	"net"
 	"net/http"
-	"time"
-
-	"castellan.dev/internal/crowd"
 )
 
 // Ready is 200 while every check returns nil, and 503 otherwise.
@@ -35,26 +28,4 @@ func Ready(checks ...func() error) http.Handler {
 		fmt.Fprintln(w, "ready")
 	})
 	return mux
-}
-
-// askers are the connections, which anybody may open: a kubelet needs one or two.
-var askers = crowd.Bounds{Total: 256, PerSource: 32}
-
-// Serve serves h on l until ctx ends.
-func Serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
-	server := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      30 * time.Second,
-		IdleTimeout:       time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-	stop := context.AfterFunc(ctx, func() { server.Close() })
-	defer stop()
-	if err := server.Serve(crowd.Limit(l, askers, crowd.Bounds{})); err != nil && !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("ready listener: %w", err)
-	}
-	return nil
 }

@@ -23,6 +23,7 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	"castellan.dev/internal/config"
+	"castellan.dev/internal/telemetry"
 	"castellan.dev/proxy/health"
 )
 
@@ -37,7 +38,7 @@ func serve(t *testing.T, h http.Handler) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- health.Serve(ctx, l, h, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- telemetry.Serve(ctx, "ready", l, h, slog.New(slog.DiscardHandler)) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
