@@ -190,32 +190,36 @@ func (s boundStream) Context() context.Context { return s.ctx }
 
 // admit returns the connection of a verified agent, or a status.
 func (g *Gate) admit(ctx context.Context, method string) (*tls.ConnectionState, error) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("no peer"))
+	cs, err := connection(ctx)
+	if err != nil {
+		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", err)
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok {
-		return nil, g.refuse(ctx, method, codes.Unauthenticated, "no-certificate", errors.New("no TLS"))
-	}
-	if code, reason, err := g.judge(&info.State); err != nil {
+	if code, reason, err := g.judge(cs); err != nil {
 		return nil, g.refuse(ctx, method, code, reason, err)
 	}
-	return &info.State, nil
+	return cs, nil
 }
 
 // agent reports whether a call comes over an agent's connection.
 func (g *Gate) agent(ctx context.Context) bool {
+	cs, err := connection(ctx)
+	if err == nil {
+		_, _, err = g.judge(cs)
+	}
+	return err == nil
+}
+
+// connection is the TLS connection that a call came over.
+func connection(ctx context.Context) (*tls.ConnectionState, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return false
+		return nil, errors.New("no peer")
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok {
-		return false
+		return nil, errors.New("no TLS")
 	}
-	_, _, err := g.judge(&info.State)
-	return err == nil
+	return &info.State, nil
 }
 
 // judge says why a connection is not an agent's, or nil.
