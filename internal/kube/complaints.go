@@ -49,8 +49,7 @@ func (c *complaints) complain(kind, name string, err error) {
 	if c.told[key] == text {
 		return
 	}
-	namespace, _, _ := strings.Cut(name, "/")
-	l := c.limit(namespace)
+	l := c.limit(namespaceOf(name))
 	if !l.AllowN(c.now(), 1) {
 		l.unsaid++ // and not noted as told: the next change of it may say it
 		return
