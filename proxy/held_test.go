@@ -54,7 +54,7 @@ func hoard(t *testing.T, addr string, streams int) net.Conn {
 func TestRequestsInFlightAreBounded(t *testing.T) {
 	for name, policies := range map[string]string{"allowed": mode("PERMISSIVE"), "denied": mode("PERMISSIVE") + frontendMayGet} {
 		t.Run(name, func(t *testing.T) {
-			r, ca := mesh(t, policies, limit(func(l *config.ProxyLimits) { l.Fit(16 << 20) }))
+			r, ca := mesh(t, policies, limit(func(l *config.ProxyLimits) { l.Fit(24 << 20) }))
 			budget := r.Budget()
 			if budget != 8<<20 {
 				t.Fatalf("budget %d", budget)
